@@ -1,0 +1,116 @@
+"""Node -> certificates: issued from the profile table out of the secret store's keys, the same bytes every time.
+
+The table itself, PROFILES, lies in recipes/kit/profiles.py, because the store mints keys by it.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from recipes.kit import pki
+from recipes.kit.kubeconfig import Credential, kubeconfig
+from recipes.kit.model import Cluster, File, Node, Origin
+from recipes.kit.profiles import AUTHORITIES, DESK, PKI, PROFILES, CertificateSpec, holds, profile_table, profiles_of
+from recipes.kit.store import BACKDATED, Secrets
+
+__all__ = ["PROFILES", "admin_conf", "expiries", "for_node", "kubeconfig", "profile_table"]
+
+_OWN_API_SERVER = "https://127.0.0.1:6443"
+_ADMIN = next(spec for spec in PROFILES if spec.holder == "desk")
+
+
+def for_node(cluster: Cluster, node: Node, secrets: Secrets) -> list[File]:
+    """CA certificates, and on control planes and etcd members certificates and keys too; sorted by path.
+
+    A worker's list holds no private key. A key is 0600 and belongs to the one user who reads it; where two daemons
+    need one key, each has a copy.
+    """
+    files: list[File] = []
+    for authority in AUTHORITIES:
+        pair = secrets.authorities[authority.name]
+        for path, holders in authority.certificates:
+            if any(holds(node, holder) for holder in holders):
+                files.append(_file(secrets, path, pair.cert_pem))
+        if authority.key is not None and node.role == "control-plane":
+            files.append(_file(secrets, authority.key, pair.key_pem, owner="kube-controller-manager"))
+    for spec in profiles_of(node):
+        key = secrets.leaf_keys[node.name, spec.name]
+        certificate = _issue(cluster, node, spec, secrets)
+        if spec.form == "pair":
+            files.append(_file(secrets, f"{spec.path}.crt", certificate))
+            files.append(_file(secrets, f"{spec.path}.key", key, owner=spec.owner))
+        else:
+            config = kubeconfig(
+                {cluster.name: _OWN_API_SERVER},
+                authority=secrets.authorities["kubernetes"].cert_pem,
+                credential=Credential(spec.common_name, certificate, key),
+            )
+            files.append(_file(secrets, f"{spec.path}.conf", config, owner=spec.owner))
+    if node.role == "control-plane":
+        private, public = secrets.service_account
+        files += [
+            _file(secrets, f"{PKI}/sa.pub", public),
+            _file(secrets, f"{PKI}/sa.key", private, owner="kube-apiserver"),
+            _file(secrets, f"{PKI}/controller-manager-sa.key", private, owner="kube-controller-manager"),
+        ]
+    return sorted(files, key=lambda file: file.path)
+
+
+def admin_conf(cluster: Cluster, secrets: Secrets) -> bytes:
+    """The operator's kubeconfig: the shared endpoint first, where there is one, then each control plane."""
+    servers: dict[str, str] = {}
+    if cluster.control_plane_endpoint is not None:
+        servers[cluster.name] = f"https://{cluster.control_plane_endpoint}"
+    elif cluster.vip is not None:
+        servers[cluster.name] = f"https://{cluster.vip}:6443"
+    for node in cluster.control_planes:
+        servers[f"{cluster.name}-{node.name}"] = f"https://{node.address}:6443"
+    return kubeconfig(
+        servers,
+        authority=secrets.authorities["kubernetes"].cert_pem,
+        credential=Credential(
+            f"{cluster.name}-admin",
+            _issue(cluster, None, _ADMIN, secrets),
+            secrets.leaf_keys[DESK, _ADMIN.name],
+        ),
+    )
+
+
+def expiries(cluster: Cluster, node: Node | None, secrets: Secrets) -> list[tuple[str, datetime]]:
+    """Until when certificates hold (UTC), by name, in the table's order: a machine's, or without one the desk's.
+
+    The desk's are every CA and admin.conf's certificate.
+    """
+    ends = {spec.name: _certificate_end(secrets, spec.name) for spec in AUTHORITIES}
+    found = [
+        (authority.common_name, ends[authority.name])
+        for authority in AUTHORITIES
+        if node is None or any(holds(node, holder) for _, holders in authority.certificates for holder in holders)
+    ]
+    leaf_end = secrets.minted + cluster.validity.leaf
+    leaves = (_ADMIN,) if node is None else profiles_of(node)
+    return found + [(spec.name, min(leaf_end, ends[spec.authority])) for spec in leaves]
+
+
+def _certificate_end(secrets: Secrets, authority: str) -> datetime:
+    return pki.load_certificate(secrets.authorities[authority].cert_pem).not_valid_after_utc
+
+
+def _issue(cluster: Cluster, node: Node | None, spec: CertificateSpec, secrets: Secrets) -> bytes:
+    sans = spec.sans.names(cluster, node) if spec.sans is not None and node is not None else ()
+    return pki.leaf(
+        pki.Subject(spec.common_name, spec.organization, spec.server, spec.client, sans),
+        secrets.leaf_keys[node.name if node is not None else DESK, spec.name],
+        secrets.authorities[spec.authority],
+        start=secrets.minted - BACKDATED,
+        end=secrets.minted + cluster.validity.leaf,
+        serial_seed=secrets.serial_seed,
+    )
+
+
+def _file(secrets: Secrets, path: str, data: bytes, *, owner: str | None = None) -> File:
+    """A public file (no owner given), or one that only its owner reads."""
+    origin = Origin("certificates", secrets.minted.date().isoformat(), "baked")
+    if owner is None:
+        return File(path, data=data, origin=origin)
+    return File(path, data=data, mode=0o600, owner=owner, origin=origin)
