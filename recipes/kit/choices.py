@@ -1,0 +1,63 @@
+"""What a cluster remembers between bakes besides its secrets: which source gave which bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from recipes.kit.errors import BakeError
+from recipes.kit.locks import locked
+
+
+class Choices:
+    """A small JSON file: section -> key -> value. Kept with the cluster, so that reachability never changes bytes.
+
+    Read afresh each time and written whole (0600, atomic, under a lock), so that two bakes at once lose nothing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def get(self, section: str, key: str) -> Any | None:
+        """The JSON value that was remembered, or None. Raises BakeError if the file is damaged."""
+        return self._read().get(section, {}).get(key)
+
+    def remember(self, section: str, key: str, value: Any) -> None:
+        if self.get(section, key) == value:
+            return
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with locked(self.path.with_name(f".{self.path.name}.lock")):
+            everything = self._read()
+            everything.setdefault(section, {})[key] = value
+            self._write(everything)
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        try:
+            read = json.loads(self.path.read_bytes())
+            if isinstance(read, dict) and all(isinstance(section, dict) for section in read.values()):
+                return read
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            pass
+        raise BakeError(
+            "this file remembers where the cluster's components came from, and it is damaged",
+            where=self.path,
+            remedy="restore it from a backup, or delete it to choose the sources anew",
+        )
+
+    def _write(self, everything: dict[str, dict[str, Any]]) -> None:
+        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")  # mkstemp makes it 0600
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(everything, file, indent=1, sort_keys=True)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).replace(self.path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise

@@ -1,0 +1,155 @@
+"""Container images from a registry, by digest, as the OCI distribution specification has it."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recipes.kit.download import Desk, NotServed, Unreachable, explain, fetch, open_session, stand_in
+from recipes.kit.errors import BakeError
+from recipes.kit.model import Arch
+
+INDEX_TYPES = (
+    "application/vnd.oci.image.index.v1+json",
+    "application/vnd.docker.distribution.manifest.list.v2+json",
+)
+MANIFEST_TYPES = (
+    "application/vnd.oci.image.manifest.v1+json",
+    "application/vnd.docker.distribution.manifest.v2+json",
+)
+DOCKER_HUB = ("registry-1.docker.io", "docker.io")  # where it is, what references call it
+LARGEST_DOCUMENT = 4 << 20  # bytes; the specification's bound for manifests
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """One verified part of an image, in the cache."""
+
+    media_type: str
+    digest: str  # "sha256:<hex>"
+    size: int  # bytes
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """One image for one architecture: what an OCI archive is made of."""
+
+    manifest: Blob
+    config: Blob
+    layers: tuple[Blob, ...]
+
+
+def pull_image(
+    reference: str, digest: str, arch: Arch, desk: Desk, *, credentials: tuple[str, str] | None = None
+) -> Pulled:
+    """Fetch the image for linux/arch; digest ("sha256:<hex>") is the index's or the manifest's, tags prove nothing.
+
+    Raises Unreachable, NotServed or WrongBytes as fetch() does, BakeError if the image has no such architecture.
+    """
+    registry = _Registry(reference, desk, credentials)
+    top, document = registry.document(digest)
+    if document.get("mediaType", top.media_type) in INDEX_TYPES or "manifests" in document:
+        top, document = registry.document(_for_arch(document, arch, reference))
+    config = registry.blob(document["config"])
+    layers = tuple(registry.blob(layer) for layer in document["layers"])
+    built_for = json.loads(config.path.read_bytes()).get("architecture")
+    if built_for != arch:
+        raise BakeError(f"the image is for {built_for}, not for {arch}", where=f"{reference}@{digest}")
+    return Pulled(top, config, layers)
+
+
+def split_reference(reference: str) -> tuple[str, str]:
+    """The registry's host and the repository: "pause:3" at Docker Hub, "ghcr.io/a/b:v1@sha256:..." elsewhere."""
+    name = re.sub(r"(:[^/:@]+)?(@[^@]+)?$", "", reference)
+    host, slash, rest = name.partition("/")
+    if not slash or not (re.search(r"[.:]", host) or host == "localhost"):
+        host, rest = "docker.io", name if slash else f"library/{name}"
+    return (DOCKER_HUB[0] if host in DOCKER_HUB else host), rest
+
+
+class _Registry:
+    """One repository; a token is asked for when the registry wants one."""
+
+    def __init__(self, reference: str, desk: Desk, credentials: tuple[str, str] | None) -> None:
+        self.reference = reference
+        self.desk = desk
+        self.credentials = credentials
+        self.host, self.repository = split_reference(reference)
+        self.authorization: str | None = None
+
+    def document(self, digest: str) -> tuple[Blob, dict[str, Any]]:
+        """A manifest or an index."""
+        accept = ", ".join((*INDEX_TYPES, *MANIFEST_TYPES))
+        path = self._fetch("manifests", digest, {"Accept": accept})
+        size = path.stat().st_size
+        try:
+            if size > LARGEST_DOCUMENT:
+                raise ValueError
+            read = json.loads(path.read_bytes())
+            if not isinstance(read, dict) or not ("manifests" in read or {"config", "layers"} <= read.keys()):
+                raise ValueError
+        except ValueError:
+            raise BakeError("this is no image manifest", where=f"{self.reference}@{digest}") from None
+        return Blob(read.get("mediaType", MANIFEST_TYPES[0]), digest, size, path), read
+
+    def blob(self, descriptor: dict[str, Any]) -> Blob:
+        digest = str(descriptor["digest"])
+        path = self._fetch("blobs", digest, {})
+        return Blob(str(descriptor["mediaType"]), digest, path.stat().st_size, path)
+
+    def _fetch(self, kind: str, digest: str, headers: dict[str, str]) -> Path:
+        url = f"https://{self.host}/v2/{self.repository}/{kind}/{digest}"
+        title = f"{self.reference.partition('@')[0]} ({kind.removesuffix('s')})"
+        try:
+            return fetch(url, digest, self.desk, title=title, headers=self._authorized(headers))
+        except NotServed as refusal:
+            if refusal.status != 401 or not refusal.challenge:
+                raise
+            self.authorization = self._authorize(refusal)
+        return fetch(url, digest, self.desk, title=title, headers=self._authorized(headers))
+
+    def _authorized(self, headers: dict[str, str]) -> dict[str, str]:
+        return {**headers, "Authorization": self.authorization} if self.authorization else headers
+
+    def _authorize(self, refusal: NotServed) -> str:
+        """Answer a WWW-Authenticate challenge; returns the Authorization header."""
+        scheme, _, rest = refusal.challenge.partition(" ")
+        said = {key.lower(): value for key, value in re.findall(r'(\w+)="([^"]*)"', rest)}
+        if scheme.lower() != "bearer" or "realm" not in said:
+            raise refusal
+        url = stand_in(said["realm"], self.desk.mirror)
+        if isinstance(url, Path):
+            raise refusal
+        patience = self.desk.patience
+        query = {"service": said.get("service", ""), "scope": said.get("scope", f"repository:{self.repository}:pull")}
+        with open_session() as session:
+            try:
+                timeout = (patience.connect, patience.read)
+                answer = session.get(url, params=query, auth=self.credentials, timeout=timeout)
+            except OSError as trouble:
+                raise explain(trouble, url) or Unreachable("the token service broke off", where=url) from trouble
+        try:
+            given = answer.json()
+            token = given.get("token") or given["access_token"]
+        except (ValueError, KeyError, AttributeError):
+            raise NotServed(
+                f"{self.host} gives no token for {self.repository} ({answer.status_code} {answer.reason})",
+                status=answer.status_code,
+                where=url,
+                remedy="check the registry's credentials" if self.credentials else None,
+            ) from None
+        return f"Bearer {token}"
+
+
+def _for_arch(index: dict[str, Any], arch: Arch, reference: str) -> str:
+    """The digest of the manifest for linux/arch."""
+    platforms = [(entry.get("platform", {}), entry["digest"]) for entry in index["manifests"]]
+    for platform, digest in platforms:
+        if (platform.get("os"), platform.get("architecture")) == ("linux", arch):
+            return str(digest)
+    there = sorted({f"{platform.get('os')}/{platform.get('architecture')}" for platform, _ in platforms})
+    raise BakeError(f"the image is not made for linux/{arch}, only for {', '.join(there)}", where=reference)
