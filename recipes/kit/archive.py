@@ -1,0 +1,361 @@
+"""Files -> tar.gz: always the same bytes, streamed, written whole or not at all.
+
+A *head* is a gzip member that holds tar entries without the end-of-archive blocks. A payload on disk is a head and one
+constant member with those blocks, so that it is a tarball in its own right; a node tarball is the same head and a small
+member with the node's own files. The head is thus compressed once, however many nodes share it.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import struct
+import tarfile
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import IO, Self
+
+from isal import isal_zlib
+
+from recipes.kit.errors import BakeError
+from recipes.kit.model import USERS, File, Origin
+from recipes.kit.progress import Advance
+
+CHUNK = 1 << 20  # bytes read at once
+BLOCK = 4 << 20  # bytes of tar that are compressed as one; part of the format, since it decides the bytes
+LEVEL = 2
+_HEADER = bytes((0x1F, 0x8B, 8, 0, 0, 0, 0, 0, 0, 255))  # gzip: no name, no time, unknown system
+_LAST_BLOCK = b"\x03\x00"  # deflate: an empty, final block
+_END = bytes(2 * tarfile.BLOCKSIZE)
+# The end-of-archive blocks as a member of their own, stored rather than compressed: the same bytes from any zlib.
+END_MEMBER = (
+    _HEADER
+    + struct.pack("<BHH", 1, len(_END), len(_END) ^ 0xFFFF)
+    + _END
+    + struct.pack("<II", isal_zlib.crc32(_END), len(_END))
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What was packed of one File: path on the machine, size in bytes, SHA-256 (hex; of a link: None)."""
+
+    path: str
+    size: int
+    sha256: str | None
+    mode: int
+    owner: str
+    link: str | None = None
+    origin: Origin | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A tarball as written: its size in bytes, its SHA-256 (hex), what is in it (of a node tarball: the tail)."""
+
+    path: Path
+    size: int
+    sha256: str
+    entries: tuple[Entry, ...]
+
+
+def entry_of(file: File) -> Entry:
+    """The entry of a File whose bytes are in memory or that is a link."""
+    digest = None if file.data is None else hashlib.sha256(file.data).hexdigest()
+    size = len(file.data or b"")
+    return Entry(file.path, size, digest, _mode(file), file.owner, file.link, file.origin)
+
+
+def write_payload(
+    files: Iterable[File],
+    target: Path,
+    *,
+    mtime: int,
+    last: Callable[[Sequence[Entry]], list[File]] = lambda _: [],
+    own: Sequence[str] = (),
+    advance: Advance = lambda _: None,
+) -> Packed:
+    """Writes head and end-of-archive member; last() makes the files that need the others' digests (the manifest).
+
+    own: folders that are the project's alone ("/opt/nodebake"): they and those between them and the files get entries
+    (0755, root), so that no umask closes them; other folders are the system's, and no entry touches them.
+    advance is called with the bytes of tar done. BakeError: a source that is gone or is not what it was, a path twice.
+    """
+    ordered = _checked(files)
+    with replacing(target, mode=0o644) as out, _Member(out, hashlib.sha256(), mtime, own, advance) as writer:
+        entries = [writer.add(file) for file in ordered]
+        more = _checked([*ordered, *last(entries)], keep=ordered)
+        entries += [writer.add(file) for file in more]
+        writer.close()
+        out.write(END_MEMBER)
+        writer.digest.update(END_MEMBER)
+        size = out.tell()
+    return Packed(target, size, writer.digest.hexdigest(), tuple(entries))
+
+
+def write_node(
+    files: Iterable[File],
+    target: Path,
+    *,
+    mtime: int,
+    payload: Path | None = None,
+    own: Sequence[str] = (),
+) -> Packed:
+    """Writes a node tarball: the payload's head, if there is one, and a member with `files`; 0600, for it is secret.
+
+    The head is hashed once in a run, however many tarballs begin with it. BakeError as in write_payload().
+    """
+    ordered = _checked(files)
+    with replacing(target) as out:
+        digest = hashlib.sha256()
+        if payload is not None:
+            length = _head_length(payload)
+            digest = _digest_of_head(payload, length, payload.stat().st_mtime_ns).copy()
+            _copy(payload, out, length)
+        with _Member(out, digest, mtime, own) as writer:
+            entries = [writer.add(file) for file in ordered]
+            writer.put(_END)
+            writer.close()
+        size = out.tell()
+    return Packed(target, size, digest.hexdigest(), tuple(entries))
+
+
+class _Member:
+    """One gzip member, compressed on several cores.
+
+    Every BLOCK of tar is its own run of deflate blocks, ended on a byte boundary: the same bytes from one thread
+    or four. Use as a context, so that an error leaves no thread behind.
+    """
+
+    def __init__(
+        self,
+        out: IO[bytes],
+        digest: hashlib._Hash,
+        mtime: int,
+        own: Sequence[str],
+        advance: Advance = lambda _: None,
+    ) -> None:
+        self.digest = digest
+        self._out = out
+        self._mtime = mtime
+        self._own = tuple(f"{folder.rstrip('/')}/" for folder in own)
+        self._folders: set[str] = set()
+        self._advance = advance
+        self._pool: ThreadPoolExecutor | None = None
+        self._cores = min(os.cpu_count() or 1, 4)
+        self._waiting: deque[Future[bytes]] = deque()
+        self._block = bytearray()
+        self._crc = 0
+        self._size = 0
+        self._write(_HEADER)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def add(self, file: File) -> Entry:
+        """Puts one file, hashed while it passes."""
+        for folder in self._new_folders(file.path):
+            self._header(folder, tarfile.DIRTYPE, 0o755, "root")
+        if file.link is not None:
+            self._header(file.path, tarfile.SYMTYPE, _mode(file), file.owner, link=file.link)
+            return entry_of(file)
+        if file.data is not None:
+            made = entry_of(file)
+            if file.sha256 not in (None, made.sha256):
+                raise _changed(file, file.path)
+            self._header(file.path, tarfile.REGTYPE, file.mode, file.owner, size=made.size)
+            self.put(file.data)
+        else:
+            made = self._stream(file)
+        self.put(bytes(-made.size % tarfile.BLOCKSIZE))
+        return made
+
+    def put(self, data: bytes) -> None:
+        self._crc = isal_zlib.crc32(data, self._crc)
+        self._size += len(data)
+        self._block += data
+        while len(self._block) >= BLOCK:
+            whole = bytes(memoryview(self._block)[:BLOCK])
+            del self._block[:BLOCK]
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self._cores)
+            self._waiting.append(self._pool.submit(_compress, whole))
+            if len(self._waiting) > self._cores + 1:
+                self._write(self._waiting.popleft().result())
+            self._advance(self._size)
+
+    def close(self) -> None:
+        while self._waiting:
+            self._write(self._waiting.popleft().result())
+        if self._block:
+            self._write(_compress(bytes(self._block)))
+        self._write(_LAST_BLOCK + struct.pack("<II", self._crc, self._size & 0xFFFFFFFF))
+        self._advance(self._size)
+
+    def _write(self, data: bytes) -> None:
+        self.digest.update(data)
+        self._out.write(data)
+
+    def _new_folders(self, path: str) -> Iterator[str]:
+        for folder in reversed(PurePosixPath(path).parents):
+            name = str(folder)
+            if f"{name}/".startswith(self._own) and self._own and name not in self._folders:
+                self._folders.add(name)
+                yield name
+
+    def _header(self, path: str, kind: bytes, mode: int, owner: str, *, size: int = 0, link: str = "") -> None:
+        info = tarfile.TarInfo(path.lstrip("/") + ("/" if kind == tarfile.DIRTYPE else ""))
+        info.type, info.mode, info.size, info.linkname, info.mtime = kind, mode, size, link, self._mtime
+        info.uid = info.gid = USERS[owner]
+        info.uname = info.gname = owner
+        # GNU rather than pax: long names and sizes over 8 GiB too, read by GNU tar, bsdtar, busybox and Python alike.
+        self.put(info.tobuf(tarfile.GNU_FORMAT, "utf-8", "strict"))
+
+    def _stream(self, file: File) -> Entry:
+        assert file.source is not None  # noqa: S101 - held by _checked()
+        digest = hashlib.sha256()
+        try:
+            stream = file.source.open("rb")
+        except OSError as error:
+            raise BakeError(
+                f"{file.path} cannot be packed: {error.strerror}", where=file.source, remedy="run doit once more"
+            ) from error
+        with stream:
+            size = os.fstat(stream.fileno()).st_size
+            self._header(file.path, tarfile.REGTYPE, file.mode, file.owner, size=size)
+            left = size
+            while left and (data := stream.read(min(CHUNK, left))):
+                digest.update(data)
+                self.put(data)
+                left -= len(data)
+        found = digest.hexdigest()
+        if left or (file.sha256 is not None and file.sha256 != found):
+            raise _changed(file, file.source)
+        return Entry(file.path, size, found, file.mode, file.owner, None, file.origin)
+
+
+def _compress(block: bytes) -> bytes:
+    made = isal_zlib.compressobj(LEVEL, isal_zlib.DEFLATED, -15)
+    return made.compress(block) + made.flush(isal_zlib.Z_SYNC_FLUSH)
+
+
+def _mode(file: File) -> int:
+    return 0o777 if file.link is not None else file.mode
+
+
+def _changed(file: File, where: Path | str) -> BakeError:
+    return BakeError(
+        f"the bytes for {file.path} are not those that were checked before",
+        where=where,
+        remedy="remove that file and run doit once more",
+    )
+
+
+def _checked(files: Iterable[File], keep: Sequence[File] = ()) -> list[File]:
+    """The files (without those in keep) sorted by path; BakeError for a path that cannot be, or is there twice."""
+    seen: dict[str, File] = {}
+    for file in files:
+        pure = PurePosixPath(file.path)
+        parts = (file.data is not None) + (file.source is not None) + (file.link is not None)
+        if not pure.is_absolute() or str(pure) != file.path or ".." in pure.parts or pure.parts[0] != "/":
+            raise BakeError("a path on the machine must be absolute and plain", where=repr(file.path))
+        if any(ord(char) < 32 or char in "\\\x7f" for char in file.path + (file.link or "")):
+            raise BakeError("a path on the machine holds a control character or a backslash", where=repr(file.path))
+        if parts != 1 or file.owner not in USERS:
+            raise BakeError("a file needs one content and a known owner", where=file.path)
+        if file.path in seen:
+            raise BakeError("two files want the same path on the machine", where=file.path)
+        seen[file.path] = file
+    for path in seen:
+        for folder in PurePosixPath(path).parents:
+            if str(folder) in seen:
+                raise BakeError("a path on the machine is a file and a folder at once", where=str(folder))
+    kept = {file.path for file in keep}
+    return [file for path, file in sorted(seen.items()) if path not in kept]
+
+
+@contextmanager
+def replacing(target: Path, *, mode: int = 0o600) -> Iterator[IO[bytes]]:
+    """A file beside target that takes its place, synced, when the block ends well; else it is removed.
+
+    Names are unique, so two bakes at once do no harm; what a killed bake left is removed after an hour.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "w+b") as out:
+            os.fchmod(descriptor, mode)
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _head_length(payload: Path) -> int:
+    try:
+        with payload.open("rb") as file:
+            length = file.seek(-len(END_MEMBER), os.SEEK_END)
+            whole = file.read() == END_MEMBER
+    except OSError as error:
+        raise BakeError(f"the payload cannot be read: {error.strerror}", where=payload) from error
+    if not whole:
+        raise BakeError(
+            "this is not a payload as it was written", where=payload, remedy="remove it, run doit once more"
+        )
+    return length
+
+
+@lru_cache(maxsize=32)
+def _digest_of_head(payload: Path, length: int, _changed_at: int) -> hashlib._Hash:
+    digest = hashlib.sha256()
+    with payload.open("rb") as file:
+        left = length
+        while data := file.read(min(CHUNK, left)):
+            digest.update(data)
+            left -= len(data)
+    return digest
+
+
+def _copy(source: Path, out: IO[bytes], length: int) -> None:
+    """Copies the first length bytes: inside the kernel (shared, where the file system can) or through this process."""
+    out.flush()
+    with source.open("rb") as file:
+        done = 0
+        while done < length:
+            try:
+                copied = os.copy_file_range(file.fileno(), out.fileno(), min(length - done, 1 << 30), done)
+            except (OSError, AttributeError):
+                break
+            if not copied:
+                break
+            done += copied
+        file.seek(done)
+        while done < length and (data := file.read(min(CHUNK, length - done))):
+            os.write(out.fileno(), data)
+            done += len(data)
+    out.seek(done)

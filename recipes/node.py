@@ -1,0 +1,132 @@
+"""Node -> node tarball: the payload of its role and what this machine alone has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from recipes import certificates, images, objects, payload, tokens
+from recipes.kit import archive, manifest, overlay, store
+from recipes.kit.archive import Packed
+from recipes.kit.model import Cluster, File, Node
+
+HOST_KEY = "/etc/ssh/ssh_host_ed25519_key"
+
+
+def identity(cluster: Cluster, node: Node, secrets: store.Secrets, *, generation: str, sums: str) -> list[File]:
+    """Everything that this machine alone has, its signed manifest included, sorted by path. Pure but for the operator's
+    registry passwords, which are read from their files.
+
+    generation: names this bake, later ones compare greater. sums: of the payload that it belongs to (payload.Written).
+    """
+    found = [
+        *certificates.for_node(cluster, node, secrets),
+        *overlay.identity(
+            cluster,
+            node,
+            minted=_iso(secrets.minted),
+            install_by=_iso(secrets.install_by),
+            generation=generation,
+        ),
+        File(manifest.SIGNING_KEY, data=secrets.signing.public_pem),
+    ]
+    if node.runs_kubelet:
+        found.append(tokens.bootstrap_kubeconfig(cluster, node, secrets))
+        found += images.registry_credentials(cluster)
+    if node.role == "control-plane":
+        found += _control_plane(cluster, secrets, generation)
+    if cluster.bake_ssh_host_keys:
+        pair = secrets.ssh_host_keys[node.name]
+        found += [
+            File(HOST_KEY, data=pair.private, mode=0o600),
+            File(f"{HOST_KEY}.pub", data=pair.public.encode() + b"\n"),
+        ]
+    found.sort(key=lambda file: file.path)
+    return sorted([*found, *_manifest(cluster, node, secrets, found, generation, sums)], key=lambda file: file.path)
+
+
+def write(node: Node, contents: Sequence[File], target: Path, *, mtime: int, payload_tarball: Path | None) -> Packed:
+    """Packs identity() into target; media full: behind the payload's head, complete; media thin: alone."""
+    head = payload_tarball if node.media == "full" else None
+    return archive.write_node(contents, target, mtime=mtime, payload=head, own=payload.OWN_FOLDERS)
+
+
+def known_hosts(cluster: Cluster, secrets: store.Secrets) -> bytes:
+    """For the admins' ssh, when host keys are baked: one line a machine, by name and addresses."""
+    lines = []
+    for node in cluster.nodes:
+        names = ",".join([node.name, *map(str, node.addresses)])
+        kind, key = secrets.ssh_host_keys[node.name].public.split()[:2]
+        lines.append(f"{names} {kind} {key}\n")
+    return "".join(lines).encode()
+
+
+def inventory_document(cluster: Cluster, secrets: store.Secrets, generation: str) -> dict[str, Any]:
+    """What approves certificate requests and labels Nodes has to know of every kubelet. No secret: token ids only."""
+    return {
+        "clusterId": secrets.cluster_id,
+        "cluster": cluster.name,
+        "generation": generation,
+        "approval": cluster.approval,
+        "installBy": _iso(secrets.install_by),
+        "kubelets": [
+            {
+                "name": node.name,
+                "role": node.role,
+                "addresses": [str(address) for address in node.addresses],
+                "tokenId": secrets.tokens[node.name].id,
+                "labels": dict(node.labels),
+                "storage": node.storage,
+                "denied": node.denied,
+            }
+            for node in cluster.kubelets
+        ],
+    }
+
+
+def _control_plane(cluster: Cluster, secrets: store.Secrets, generation: str) -> list[File]:
+    inventory = json.dumps(inventory_document(cluster, secrets, generation), indent=1, sort_keys=True)
+    return [
+        File(
+            "/etc/kubernetes/encryption.yaml",
+            data=objects.document([objects.encryption_configuration(secrets.encryption_key)]),
+            mode=0o600,
+            owner="kube-apiserver",
+        ),
+        File(
+            "/etc/nodebake/objects/90-tokens.yaml",
+            data=objects.document(tokens.for_control_plane(cluster, secrets)),
+            mode=0o600,
+        ),
+        File("/etc/nodebake/inventory.json", data=inventory.encode() + b"\n", mode=0o600),
+    ]
+
+
+def _manifest(
+    cluster: Cluster, node: Node, secrets: store.Secrets, found: Sequence[File], generation: str, sums: str
+) -> list[File]:
+    about: Mapping[str, Any] = {
+        "cluster": cluster.name,
+        "clusterId": secrets.cluster_id,
+        "node": node.name,
+        "role": node.role,
+        "arch": node.arch,
+        "macs": [link.mac for link in node.network.links if link.mac],
+        "addresses": [str(address) for address in node.network.addresses],
+        "serial": node.serial,
+        "minted": _iso(secrets.minted),
+        "installBy": _iso(secrets.install_by),
+        "generation": generation,
+        "payload": sums,
+    }
+    sign: Callable[[bytes], bytes] = lambda data: store.sign(secrets, data)  # noqa: E731
+    entries = [archive.entry_of(file) for file in found]
+    others = {f"{manifest.FOLDER}/payload.SHA256SUMS": sums}
+    return manifest.files("node", entries, about, sign, others=others)
+
+
+def _iso(moment: datetime) -> str:
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,256 @@
+"""Node -> NoCloud ISO: what cloud-init reads (user-data, meta-data, network-config) and the node's tarball.
+
+The documents are dumped from plain data, so nothing in them can be unquoted. user-data holds no secret: cloud-init
+keeps copies of it that anybody on the machine may read.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, BinaryIO, cast
+
+import pycdlib
+import pycdlib.dates
+import pycdlib.headervd
+import pycdlib.pycdlib
+import pycdlib.utils
+import yaml
+
+from recipes.kit import archive, overlay
+from recipes.kit.model import Cluster, Link, Network, Node
+
+LABEL = "cidata"  # cloud-init finds the volume by it
+PAYLOAD_LABEL = "nodebake"  # first boot finds a payload volume by it
+FIRST_BOOT = "opt/nodebake/first-boot"  # in the overlay common
+_PROGRAM = "/var/lib/nodebake/first-boot"
+_UNIT = "nodebake-first-boot.service"
+# Tried again every half minute: a medium may be attached late. It succeeds once, then it is over.
+_UNIT_TEXT = f"""\
+[Unit]
+Description=Nodebake: check this machine's artifact and put it in place
+ConditionPathExists=!/var/lib/nodebake/installed
+StartLimitIntervalSec=0
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/bin/sh {_PROGRAM} install
+Restart=on-failure
+RestartSec=30
+TimeoutStartSec=infinity
+StandardOutput=journal+console
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Seed:
+    """An ISO as written; size in bytes."""
+
+    path: Path
+    size: int
+
+
+def user_data(cluster: Cluster, node: Node) -> bytes:
+    """#cloud-config: who may log in, the host's name, and first boot as a unit that outlives cloud-init."""
+    program = (overlay.OVERLAYS / "common" / FIRST_BOOT).read_text(encoding="utf-8")
+    files = [
+        {"path": _PROGRAM, "permissions": "0755", "content": program},
+        {"path": f"/etc/systemd/system/{_UNIT}", "permissions": "0644", "content": _UNIT_TEXT},
+    ]
+    commands = [
+        ["systemctl", "daemon-reload"],
+        ["systemctl", "enable", _UNIT],
+        # cloud-init marks runcmd as done before it runs: the unit does the work, and goes on after a power cut.
+        ["systemctl", "start", "--no-block", _UNIT],
+    ]
+    if cluster.ntp:
+        # cloud-init's own ntp module would ask apt for a client where none is installed, and wait for a network.
+        text = f"[Time]\nNTP={' '.join(cluster.ntp)}\nFallbackNTP=\n"
+        files.append({"path": "/etc/systemd/timesyncd.conf.d/50-cluster.conf", "permissions": "0644", "content": text})
+        commands.insert(0, ["systemctl", "try-restart", "systemd-timesyncd.service"])
+    config: dict[str, Any] = {
+        "hostname": node.name,
+        "preserve_hostname": False,
+        "manage_etc_hosts": False,  # what the payload says there stays
+        "locale": False,
+        "users": [
+            {
+                "name": user.name,
+                "gecos": "administrator",
+                "shell": "/bin/bash",
+                "lock_passwd": True,
+                "sudo": "ALL=(ALL) NOPASSWD:ALL",
+                "ssh_authorized_keys": list(user.ssh_authorized_keys),
+            }
+            for user in cluster.users
+        ],
+        "disable_root": True,
+        "ssh_pwauth": False,
+        # Made on the machine, of no other origin, and shown on its console; baked ones come with the tarball.
+        "ssh_deletekeys": not cluster.bake_ssh_host_keys,
+        "ssh_genkeytypes": ["ed25519"],
+        "ssh": {"emit_keys_to_console": True},
+        "package_update": False,
+        "package_upgrade": False,
+        "apt": {"preserve_sources_list": True},
+        "write_files": files,
+        "runcmd": commands,
+    }
+    return b"#cloud-config\n" + _dump(config)
+
+
+def meta_data(node: Node, digest: str) -> bytes:
+    """digest: SHA-256 (hex) of the artifact, so that cloud-init takes a new artifact for a new instance."""
+    return _dump({"instance-id": f"{node.name}-{digest[:16]}", "local-hostname": node.name})
+
+
+def network_config(cluster: Cluster, node: Node) -> bytes:
+    """Network configuration, version 2: links by MAC address or name, a bond, a VLAN, static addresses."""
+    network = node.network
+    ethernets = {link.name: _ethernet(link, network.mtu) for link in network.links}
+    config: dict[str, Any] = {"version": 2, "ethernets": ethernets}
+    top: dict[str, Any] = ethernets[network.links[0].name]
+    top_name = network.links[0].name
+    if network.bond is not None:
+        parameters = {"mode": network.bond, "mii-monitor-interval": "100"}
+        if network.bond == "802.3ad":
+            parameters |= {"lacp-rate": "fast", "transmit-hash-policy": "layer3+4"}
+        top_name = "bond0"
+        top = {"interfaces": [*ethernets], "parameters": parameters, **_quiet(network.mtu)}
+        config["bonds"] = {top_name: top}
+    if network.vlan is not None:
+        top = {"id": network.vlan, "link": top_name, **_quiet(network.mtu)}
+        config["vlans"] = {f"vlan{network.vlan}": top}
+    top["addresses"] = [str(address) for address in network.addresses]
+    top["optional"] = False
+    if routes := _routes(cluster, node):
+        top["routes"] = routes
+    if names := _nameservers(network):
+        top["nameservers"] = names
+    return _dump(config)
+
+
+def write(cluster: Cluster, node: Node, tarball: Path, target: Path, *, mtime: int, digest: str) -> Seed:
+    """Writes the ISO (0600: the tarball in it is secret). digest: the tarball's SHA-256 (hex); mtime: since the epoch.
+
+    Nothing large is in memory, and files over 4 GiB are allowed.
+    """
+    contents: dict[str, bytes | Path] = {
+        "user-data": user_data(cluster, node),
+        "meta-data": meta_data(node, digest),
+        "network-config": network_config(cluster, node),
+        "first-boot": (overlay.OVERLAYS / "common" / FIRST_BOOT).read_bytes(),
+        "node.tar.gz": tarball,
+    }
+    return write_iso(contents, target, label=LABEL, mtime=mtime)
+
+
+def write_payloads(tarballs: Mapping[str, Path], target: Path, *, mtime: int) -> Seed:
+    """Writes the volume that machines with thin media share: "<role>-<arch>" -> payload."""
+    contents: dict[str, bytes | Path] = {f"{name}.tar.gz": path for name, path in tarballs.items()}
+    return write_iso(contents, target, label=PAYLOAD_LABEL, mtime=mtime)
+
+
+def write_iso(contents: Mapping[str, bytes | Path], target: Path, *, label: str, mtime: int) -> Seed:
+    """An ISO 9660 volume (interchange level 3, Joliet, Rock Ridge) with these files; the same bytes always."""
+    with archive.replacing(target) as out, ExitStack() as opened, _pinned_clock(mtime):
+        iso = pycdlib.PyCdlib()
+        iso.new(interchange_level=3, joliet=3, rock_ridge="1.09", vol_ident=label, app_ident_str="NODEBAKE")
+        for number, (name, content) in enumerate(sorted(contents.items())):
+            size = len(content) if isinstance(content, bytes) else content.stat().st_size
+            stream = opened.enter_context(BytesIO(content) if isinstance(content, bytes) else content.open("rb"))
+            mode = 0o100555 if name == "first-boot" else 0o100444
+            iso.add_fp(
+                cast(BinaryIO, stream),
+                size,
+                f"/FILE{number:04}.;1",
+                rr_name=name,
+                joliet_path=f"/{name}",
+                file_mode=mode,
+            )
+        iso.write_fp(cast(BinaryIO, out), blocksize=archive.CHUNK)
+        iso.close()
+        out.seek(0, 2)
+        size = out.tell()
+    return Seed(target, size)
+
+
+_clock = threading.Lock()
+
+
+@contextmanager
+def _pinned_clock(moment: int) -> Iterator[None]:
+    """pycdlib asks the time module and the desk's time zone: for a while its `time` stands still, in UTC."""
+    fixed = SimpleNamespace(
+        time=lambda: float(moment),
+        gmtime=time.gmtime,
+        localtime=time.gmtime,
+        strftime=time.strftime,
+        strptime=time.strptime,
+        struct_time=time.struct_time,
+    )
+    modules = (pycdlib.dates, pycdlib.headervd, pycdlib.pycdlib, pycdlib.utils)
+    with _clock:
+        for module in modules:
+            vars(module)["time"] = fixed
+        try:
+            yield
+        finally:
+            for module in modules:
+                vars(module)["time"] = time
+
+
+def _ethernet(link: Link, mtu: int | None) -> dict[str, Any]:
+    if link.mac is None:
+        return _quiet(mtu)
+    # The name is set, so that every renderer (netplan, networkd, ifupdown) and every service calls the card the same.
+    return {"match": {"macaddress": link.mac}, "set-name": link.name, **_quiet(mtu)}
+
+
+def _quiet(mtu: int | None) -> dict[str, Any]:
+    """A device that asks nobody for an address."""
+    quiet: dict[str, Any] = {"dhcp4": False, "dhcp6": False, "accept-ra": False, "link-local": []}
+    return quiet | ({"mtu": mtu} if mtu is not None else {})
+
+
+def _routes(cluster: Cluster, node: Node) -> list[dict[str, str]]:
+    if node.network.gateway is not None:
+        # Not "default": older renderers refuse that word.
+        return [{"to": "0.0.0.0/0", "via": str(node.network.gateway)}]
+    if node.runs_kubelet:
+        # Without any route the kernel answers "unreachable" before kube-proxy's rules see a ClusterIP.
+        return [{"to": str(cluster.service_subnet), "scope": "link"}]
+    return []
+
+
+def _nameservers(network: Network) -> dict[str, list[str]]:
+    found = {"addresses": [str(address) for address in network.nameservers], "search": list(network.search)}
+    return {key: values for key, values in found.items() if values}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Text of several lines as a block, so that a person can read the program in user-data; no anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def _dump(data: Any) -> bytes:
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 20).encode()

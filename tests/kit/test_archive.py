@@ -1,0 +1,193 @@
+"""Tarballs as other programs see them, always the same bytes, whole or not there."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import subprocess
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from recipes.kit import archive
+from recipes.kit.errors import BakeError
+from recipes.kit.model import File
+
+LONG = "/opt/ours/" + "deep/" * 30 + "file"
+
+
+def files(tmp_path: Path) -> list[File]:
+    big = tmp_path / "big"
+    big.write_bytes(bytes(range(256)) * 40_000)  # 10 MB: more than two blocks
+    return [
+        File("/opt/ours/big", source=big, mode=0o755, sha256=hashlib.sha256(big.read_bytes()).hexdigest()),
+        File("/etc/secret", data=b"secret", mode=0o600, owner="etcd"),
+        File("/opt/ours/link", link="big"),
+        File(LONG, data=b"x"),
+    ]
+
+
+def write(tmp_path: Path, name: str = "p.tar.gz") -> archive.Packed:
+    return archive.write_payload(files(tmp_path), tmp_path / name, mtime=1_700_000_000, own=["/opt/ours"])
+
+
+def node(tmp_path: Path, payload: Path | None, name: str = "n.tar.gz") -> archive.Packed:
+    own = [File("/etc/node", data=b"one", mode=0o600)]
+    return archive.write_node(own, tmp_path / name, mtime=1_700_000_000, payload=payload)
+
+
+@pytest.mark.parametrize("kind", ["payload", "full", "thin"])
+def test_every_program_reads_all_of_it(tmp_path: Path, kind: str) -> None:
+    packed = write(tmp_path)
+    expected = {"etc/secret", "opt/ours", "opt/ours/big", "opt/ours/link", LONG[1:]}
+    if kind != "payload":
+        packed = node(tmp_path, packed.path if kind == "full" else None)
+        expected = expected | {"etc/node"} if kind == "full" else {"etc/node"}
+    assert packed.sha256 == hashlib.sha256(packed.path.read_bytes()).hexdigest()
+    assert packed.size == packed.path.stat().st_size
+    subprocess.run(["gzip", "-t", packed.path], check=True)
+    for command in (["tar", "-tzf"], ["bsdtar", "-tf"]):
+        told = subprocess.run([*command, packed.path], capture_output=True, text=True, check=True)
+        assert told.stderr == ""
+        names = {line.rstrip("/") for line in told.stdout.splitlines()}
+        assert expected <= names
+    with tarfile.open(packed.path) as tar:
+        assert expected <= {member.name for member in tar}
+
+
+def test_owners_modes_times_and_links_are_fixed(tmp_path: Path) -> None:
+    with tarfile.open(write(tmp_path).path) as tar:
+        members = {member.name: member for member in tar}
+    secret = members["etc/secret"]
+    assert (secret.mode, secret.uid, secret.gid, secret.uname) == (0o600, 801, 801, "etcd")
+    assert members["opt/ours/link"].linkname == "big"
+    assert members["opt/ours"].isdir() and members["opt/ours"].mode == 0o755
+    assert "etc" not in members, "a folder of the system must not be touched"
+    assert {member.mtime for member in members.values()} == {1_700_000_000}
+
+
+def test_entries_tell_what_was_packed(tmp_path: Path) -> None:
+    entries = {entry.path: entry for entry in write(tmp_path).entries}
+    assert entries["/etc/secret"].sha256 == hashlib.sha256(b"secret").hexdigest()
+    assert entries["/opt/ours/big"].size == 256 * 40_000
+    assert entries["/opt/ours/link"].sha256 is None and entries["/opt/ours/link"].link == "big"
+
+
+def test_same_files_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = write(tmp_path).path.read_bytes()
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setenv("TZ", "Asia/Kathmandu")
+    time.tzset()
+    mask = os.umask(0o077)
+    try:
+        again = archive.write_payload(
+            reversed(files(tmp_path)), tmp_path / "again.tar.gz", mtime=1_700_000_000, own=["/opt/ours"]
+        )
+    finally:
+        os.umask(mask)
+        monkeypatch.undo()
+        time.tzset()
+    assert again.path.read_bytes() == first
+    assert again.path.stat().st_mode & 0o777 == 0o644
+
+
+def test_last_sees_the_digests_and_comes_last(tmp_path: Path) -> None:
+    packed = archive.write_payload(
+        [File("/z", data=b"z")],
+        tmp_path / "p.tar.gz",
+        mtime=0,
+        last=lambda entries: [File("/a/manifest", data=str(entries[0].sha256).encode())],
+    )
+    with tarfile.open(packed.path) as tar:
+        assert tar.getnames() == ["z", "a/manifest"]
+    assert packed.entries[-1].path == "/a/manifest"
+
+
+def test_a_node_tarball_is_the_payload_and_a_small_member(tmp_path: Path) -> None:
+    payload = write(tmp_path).path
+    whole = node(tmp_path, payload).path.read_bytes()
+    head = payload.read_bytes()[: -len(archive.END_MEMBER)]
+    assert whole.startswith(head)
+    assert len(whole) - len(head) < 1000
+    assert (tmp_path / "n.tar.gz").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_copy_without_the_kernels_help_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    payload = write(tmp_path).path
+    first = node(tmp_path, payload).path.read_bytes()
+
+    def refuse(*_: object) -> int:
+        raise OSError("not here")
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    assert node(tmp_path, payload, "again.tar.gz").path.read_bytes() == first
+
+
+def test_changed_bytes_are_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    target = tmp_path / "out" / "p.tar.gz"
+    changed = [*files(tmp_path)[1:], File("/opt/ours/big", source=tmp_path / "big", sha256="0" * 64)]
+    with pytest.raises(BakeError, match="not those that were checked"):
+        archive.write_payload(changed, target, mtime=0)
+    assert list(target.parent.iterdir()) == []
+
+
+def test_an_error_leaves_the_old_tarball_as_it_was(tmp_path: Path) -> None:
+    packed = write(tmp_path)
+    before = packed.path.read_bytes()
+    with pytest.raises(BakeError, match="cannot be packed"):
+        archive.write_payload([File("/x", source=tmp_path / "gone")], packed.path, mtime=0)
+    assert packed.path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [File("relative", data=b"")],
+        [File("/a/../b", data=b"")],
+        [File("//a", data=b"")],
+        [File("/a\nb", data=b"")],
+        [File("/a")],
+        [File("/a", data=b"", link="b")],
+        [File("/a", data=b"", owner="nobody")],
+        [File("/a", data=b"1"), File("/a", data=b"2")],
+        [File("/a", data=b"1"), File("/a/b", data=b"2")],
+    ],
+    ids=lambda wrong: wrong[-1].path,
+)
+def test_files_that_cannot_be_are_refused(tmp_path: Path, wrong: list[File]) -> None:
+    with pytest.raises(BakeError):
+        archive.write_payload(wrong, tmp_path / "p.tar.gz", mtime=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_payload_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "half.tar.gz").write_bytes(write(tmp_path).path.read_bytes()[:-7])
+    with pytest.raises(BakeError, match="not a payload as it was written"):
+        node(tmp_path, tmp_path / "half.tar.gz")
+
+
+def test_two_writers_of_one_target_do_no_harm(tmp_path: Path) -> None:
+    contents = files(tmp_path)
+    target = tmp_path / "out" / "p.tar.gz"
+    writers = [
+        threading.Thread(target=archive.write_payload, args=(contents, target), kwargs={"mtime": 1}) for _ in range(3)
+    ]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [path.name for path in target.parent.iterdir()] == ["p.tar.gz"]
+    assert gzip.decompress(target.read_bytes())
+
+
+def test_what_a_killed_bake_left_is_removed_in_time(tmp_path: Path) -> None:
+    old, young = tmp_path / ".p.tar.gz.old", tmp_path / ".p.tar.gz.young"
+    for left in (old, young):
+        left.write_bytes(b"half")
+    os.utime(old, (1, 1))
+    write(tmp_path)
+    assert not old.exists() and young.exists()

@@ -1,0 +1,202 @@
+"""The closure proof: a whole artifact passes, and each kind of hole is found."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from recipes import audit
+from recipes import node as nodes
+from recipes.kit.errors import BakeErrors
+from recipes.kit.model import Cluster, File, Node, Registry
+from tests import artifacts, samples
+
+UNIT = "/etc/systemd/system/tried.service"
+Files = dict[str, File]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> artifacts.Parts:
+    return artifacts.Parts(tmp_path_factory.mktemp("cache"))
+
+
+def whole(cluster: Cluster, node: Node, parts: artifacts.Parts, folder: Path) -> list[File]:
+    minted = artifacts.secrets(folder, cluster)
+    identity = nodes.identity(cluster, node, minted, generation="7", sums="5" * 64)
+    return [*parts.payload(cluster, node), *identity]
+
+
+@pytest.fixture(scope="module")
+def plane(parts: artifacts.Parts, tmp_path_factory: pytest.TempPathFactory) -> list[File]:
+    cluster = samples.ha()
+    return whole(cluster, cluster.control_planes[0], parts, tmp_path_factory.mktemp("store"))
+
+
+def holes(files: list[File], cluster: Cluster | None = None, **more: object) -> str:
+    cluster = cluster or samples.ha()
+    try:
+        audit.prove(files, cluster, cluster.control_planes[0], **more)  # type: ignore[arg-type]
+    except BakeErrors as errors:
+        return str(errors)
+    return ""
+
+
+@pytest.mark.parametrize("make", [samples.ha, samples.external_etcd, samples.balanced, samples.single])
+def test_what_is_baked_is_closed(make: Callable[[], Cluster], parts: artifacts.Parts, tmp_path: Path) -> None:
+    cluster = make()
+    for role, _ in cluster.payloads:
+        node = cluster.with_role(role)[0]
+        images = parts.images if node.runs_kubelet else []
+        audit.prove(whole(cluster, node, parts, tmp_path), cluster, node, images)
+
+
+def test_the_proof_is_quick(plane: list[File]) -> None:
+    started = time.monotonic()
+    holes(plane)
+    assert time.monotonic() - started < 1.5
+
+
+def test_every_file_that_the_api_server_names_is_needed(plane: list[File]) -> None:
+    for path in (
+        "/etc/kubernetes/pki/kube-apiserver.crt",
+        "/etc/kubernetes/encryption.yaml",
+        "/etc/kubernetes/audit-policy.yaml",
+        "/etc/nodebake/node.env",
+        "/etc/kubernetes/pki/etcd-ca.crt",
+    ):
+        assert f"{path} is named here" in holes([file for file in plane if file.path != path]), path
+
+
+@pytest.mark.parametrize("name", ["kubelet", "etcd", "containerd", "kube-proxy", "flanneld", "runc"])
+def test_every_binary_is_needed(plane: list[File], name: str) -> None:
+    left = [file for file in plane if not file.path.endswith(f"/bin/{name}")]
+    assert f"/opt/nodebake/current/bin/{name} is named here" in holes(left)
+
+
+def test_a_package_that_is_missing_is_found(plane: list[File]) -> None:
+    left = [file for file in plane if "/packages/openssl" not in file.path]
+    assert "the program openssl is called here" in holes(left)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("ExecStart=/usr/bin/absent", "/usr/bin/absent is named here"),
+        ("ExecStart=/usr/bin/sleep 1 --config=/etc/absent.conf", "/etc/absent.conf is named here"),
+        ("ExecStart=/usr/bin/sleep --socket=unix:///srv/absent", "/srv/absent is named here"),
+        ("EnvironmentFile=/etc/absent/x${NAME}", "/etc/absent is named here"),
+        ("After=absent.service", "the unit absent.service is named in After="),
+        ("Wants=tried.service", "names itself"),
+        ("User=etcd\nExecStart=/usr/bin/cat /etc/kubernetes/encryption.yaml", "this unit runs as etcd"),
+    ],
+)
+def test_a_unit_that_names_what_is_not_there(plane: list[File], line: str, told: str) -> None:
+    unit = File(UNIT, data=f"[Unit]\n[Service]\n{line}\n".encode())
+    assert told in holes([*plane, unit])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ExecStart=/usr/bin/sleep 1",
+        "ExecStart=/bin/openssl /usr/bin/openssl-linked",
+        "ExecStart=/opt/nodebake/current/bin/kubelet --root-dir=/var/lib/kubelet/x",
+        "EnvironmentFile=-/etc/optional",
+        "ConditionPathExists=/etc/optional",
+        "# /etc/a-word-in-a-comment",
+        "Environment=PATH=/opt/other/bin:/usr/bin",
+        "Documentation=https://example.org/etc/x",
+        "After=network-online.target kubelet.service",
+    ],
+)
+def test_a_unit_that_names_what_is_there(plane: list[File], line: str) -> None:
+    assert holes([*plane, File(UNIT, data=f"[Unit]\n[Service]\n{line}\n".encode())]) == ""
+
+
+def test_a_program_called_by_a_script(plane: list[File]) -> None:
+    script = File("/usr/local/lib/tried", data=b"#!/bin/sh\nsed x | absent-program\n", mode=0o755)
+    assert "the program absent-program is called here" in holes([*plane, script])
+
+
+def test_parts_of_a_unit_that_is_not_there(plane: list[File]) -> None:
+    part = File("/etc/systemd/system/absent.service.d/10.conf", data=b"[Service]\n")
+    assert "a part of the unit absent.service" in holes([*plane, part])
+
+
+@pytest.mark.parametrize("link", ["absent", "../../etc/absent", "/etc/absent", "tried"])
+def test_a_dangling_link(plane: list[File], link: str) -> None:
+    assert "is not there" in holes([*plane, File("/usr/local/lib/tried", link=link)])
+
+
+def test_a_program_for_another_machine(plane: list[File], parts: artifacts.Parts) -> None:
+    other = parts.binary("kubelet", machine=183)
+    changed = [replace(file, source=other.path, sha256=other.sha256) if file.path.endswith("/bin/kubelet") else file
+               for file in plane]  # fmt: skip
+    assert "this program is for arm64, the node is amd64" in holes(changed)
+
+
+def test_what_is_no_program_at_all(plane: list[File], parts: artifacts.Parts) -> None:
+    other = parts.fetched("bridge", b"<html>404</html>", "x")
+    changed = [replace(file, source=other.path, sha256=other.sha256) if file.path.endswith("/cni/bridge") else file
+               for file in plane]  # fmt: skip
+    assert "neither ELF nor a script" in holes(changed)
+
+
+def test_a_package_for_another_machine(plane: list[File]) -> None:
+    changed = [replace(file, path=file.path.replace("haproxy_1_amd64", "haproxy_1_arm64")) for file in plane]
+    assert "this package is not for amd64" in holes(changed)
+
+
+def with_archive(plane: list[File], parts: artifacts.Parts, name: str, reference: str | None, arch: str) -> list[File]:
+    made = parts.image(name, reference, arch).archive
+    ending = f"/images/{name}.tar"
+    return [
+        replace(file, source=made.path, sha256=made.sha256) if file.path.endswith(ending) else file for file in plane
+    ]
+
+
+def test_sandbox_image_and_archive_must_agree(plane: list[File], parts: artifacts.Parts) -> None:
+    told = holes(with_archive(plane, parts, "pause", "nodebake.local/pause:other", "amd64"), images=parts.images)
+    assert "the sandbox image nodebake.local/pause:3.10.2 is named here" in told
+    assert "the image nodebake.local/pause:3.10.2 is in the list" in told
+
+
+def test_images_of_objects_and_archives_must_agree(plane: list[File], parts: artifacts.Parts) -> None:
+    told = holes(with_archive(plane, parts, "coredns", "nodebake.local/coredns:other", "amd64"))
+    assert "10-cluster.yaml: the image nodebake.local/coredns:v1 is named here" in told
+
+
+def test_an_image_for_another_machine_or_without_a_name(plane: list[File], parts: artifacts.Parts) -> None:
+    reference = "nodebake.local/pause:3.10.2"
+    assert "this image is for arm64" in holes(with_archive(plane, parts, "pause", reference, "arm64"))
+    assert "no image in this archive has a name" in holes(with_archive(plane, parts, "pause", None, "amd64"))
+
+
+def test_an_image_that_a_registry_serves_need_not_be_baked(plane: list[File]) -> None:
+    pod = b"kind: Pod\nspec: {containers: [{image: registry.example/app}]}\n"
+    objects = [*plane, File("/etc/nodebake/objects/50-extra.yaml", data=pod)]
+    assert "the image registry.example/app is named here" in holes(objects)
+    assert holes(objects, samples.ha(registries=(Registry("registry.example"),))) == ""
+
+
+def test_all_holes_are_told_at_once(plane: list[File]) -> None:
+    left = [file for file in plane if not file.path.endswith(("/bin/kubelet", "/bin/etcd"))]
+    told = holes(left)
+    assert "bin/kubelet is named" in told and "bin/etcd is named" in told
+
+
+@pytest.mark.parametrize(
+    ("short", "full"),
+    [
+        ("nginx", "docker.io/library/nginx:latest"),
+        ("team/app:1", "docker.io/team/app:1"),
+        ("registry.example:5000/app", "registry.example:5000/app:latest"),
+        ("localhost/app@sha256:aa", "localhost/app@sha256:aa"),
+    ],
+)
+def test_references_are_compared_as_containerd_files_them(short: str, full: str) -> None:
+    assert audit.reference_name(short) == full

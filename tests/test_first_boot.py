@@ -1,0 +1,197 @@
+"""The first-boot program, run by a real shell on real tarballs, in a folder that stands for /."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from recipes import seed
+from recipes.kit import archive, overlay
+from recipes.kit.model import File
+from tests import artifacts, samples
+
+PROGRAM = overlay.OVERLAYS / "common" / seed.FIRST_BOOT
+DAMAGED, MISSING, USAGE = 65, 66, 64
+MANIFEST = "opt/nodebake/manifest"
+
+
+@pytest.fixture(scope="module")
+def baked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """(payload, full node tarball, thin one) of worker-1."""
+    folder = tmp_path_factory.mktemp("baked")
+    cluster = samples.ha()
+    minted = artifacts.secrets(folder, cluster)
+    parts = artifacts.Parts(folder / "cache")
+    payload, full = artifacts.bake(folder, cluster, cluster.workers[0], parts, minted)
+    thin_node = replace(cluster.workers[0], media="thin")
+    _, thin = artifacts.bake(folder / "thin", cluster, thin_node, parts, minted)
+    return payload, full, thin
+
+
+def run(*arguments: object, shell: str = "sh") -> subprocess.CompletedProcess[str]:
+    command = [shell, str(PROGRAM), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def rebuilt(tarball: Path, folder: Path, change: Callable[[Path], None]) -> Path:
+    """The tarball with its unpacked files changed, packed anew."""
+    root = folder / "rebuilt"
+    root.mkdir()
+    subprocess.run(["tar", "-xzpf", tarball, "-C", root], check=True)
+    change(root)
+    made = folder / "node.tar.gz"
+    subprocess.run(["tar", "-czf", made, "-C", root, "."], check=True)
+    return made
+
+
+def tree(root: Path) -> set[str]:
+    return {path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir() or path.is_symlink()}
+
+
+@pytest.mark.parametrize("shell", ["sh", "dash", "bash"])
+def test_a_whole_tarball_is_verified(baked: tuple[Path, Path, Path], tmp_path: Path, shell: str) -> None:
+    done = run("verify", "--root", tmp_path, baked[1], shell=shell)
+    assert done.returncode == 0, done.stderr
+    assert "as it was baked for worker-1 (cluster ha)" in done.stdout
+    assert tree(tmp_path) == {"var/lib/nodebake/lock"}, "checking must leave nothing behind"
+
+
+def test_thin_needs_its_payload(baked: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    payload, _, thin = baked
+    done = run("verify", "--root", tmp_path, thin)
+    assert done.returncode == MISSING and "worker-amd64.tar.gz is missing" in done.stderr
+    assert run("verify", "--root", tmp_path, thin, payload).returncode == 0
+    medium = tmp_path / "medium"
+    medium.mkdir()
+    shutil.copy(thin, medium / "node.tar.gz")
+    shutil.copy(payload, medium / payload.name)
+    assert run("verify", "--root", tmp_path, medium).returncode == 0
+
+
+def test_another_clusters_payload_is_refused(baked: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    cluster = samples.ha(name="other", dns_domain="other.local")
+    minted = artifacts.secrets(tmp_path, cluster)
+    parts = artifacts.Parts(tmp_path / "cache")
+    payload, _ = artifacts.bake(tmp_path, cluster, cluster.workers[0], parts, minted)
+    assert run("verify", "--root", tmp_path, baked[2], payload).returncode == DAMAGED
+
+
+def test_install_puts_everything_in_place_and_can_be_repeated(baked: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    medium, root = tmp_path / "medium", tmp_path / "root"
+    medium.mkdir()
+    (root / "etc").mkdir(parents=True)
+    (root / "etc").chmod(0o751)
+    (root / "etc" / "mine").write_text("kept")
+    shutil.copy(baked[1], medium / "node.tar.gz")
+    for _ in range(2):
+        done = run("install", "--root", root, "--medium", medium)
+        assert done.returncode == 0, done.stderr
+        assert os.access(root / "opt/nodebake/current/bin/kubelet", os.X_OK)
+        assert (root / "etc/kubernetes/bootstrap-kubelet.conf").stat().st_mode & 0o777 == 0o600
+        assert (root / "etc/systemd/system/multi-user.target.wants/kubelet.service").is_symlink()
+        assert (root / "etc/mine").read_text() == "kept"
+        assert (root / "etc").stat().st_mode & 0o777 == 0o751, "a folder of the system keeps its mode"
+        assert (root / "var/lib/nodebake/installed").exists()
+        assert {path.name for path in (root / "var/lib/nodebake").iterdir()} == {"installed", "lock"}
+
+
+def test_install_after_a_cut_goes_on(baked: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    medium, root = tmp_path / "medium", tmp_path / "root"
+    medium.mkdir()
+    shutil.copy(baked[1], medium / "node.tar.gz")
+    (root / "var/lib/nodebake/staging.abc/etc").mkdir(parents=True)
+    (root / f"{MANIFEST}").mkdir(parents=True)
+    assert run("install", "--root", root, "--medium", medium).returncode == 0
+    assert not (root / "var/lib/nodebake/staging.abc").exists()
+
+
+def test_a_machine_keeps_to_its_clusters_key(baked: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).mkdir(parents=True)
+    (tmp_path / MANIFEST / "signing.pub").write_text("another key")
+    done = run("verify", "--root", tmp_path, baked[1])
+    assert done.returncode == DAMAGED and "another cluster's key" in done.stderr
+
+
+def change_byte(root: Path) -> None:
+    (root / "etc/containerd/config.toml").write_text("changed")
+
+
+def change_sums(root: Path) -> None:
+    with (root / MANIFEST / "payload.SHA256SUMS").open("a") as file:
+        file.write("")
+    path = root / MANIFEST / "payload.SHA256SUMS"
+    path.write_text(path.read_text().replace("a", "b", 1))
+
+
+def change_signature(root: Path) -> None:
+    path = root / MANIFEST / "node.SHA256SUMS.sig"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+
+
+def change_mode(root: Path) -> None:
+    (root / "opt/nodebake/first-boot").chmod(0o4755)
+
+
+def change_link(root: Path) -> None:
+    (root / "opt/nodebake/current").unlink()
+    (root / "opt/nodebake/current").symlink_to("/tmp")  # noqa: S108
+
+
+def add_file(root: Path) -> None:
+    (root / "etc/more").write_text("more")
+
+
+def remove_file(root: Path) -> None:
+    (root / "etc/containerd/config.toml").unlink()
+
+
+def remove_identity(root: Path) -> None:
+    for path in (root / MANIFEST).glob("node.*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_byte, change_sums, change_signature, change_mode, change_link, add_file, remove_file, remove_identity,
+    ],
+)  # fmt: skip
+def test_any_change_is_refused_before_anything_is_touched(
+    baked: tuple[Path, Path, Path], tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    medium, root = tmp_path / "medium", tmp_path / "root"
+    medium.mkdir()
+    rebuilt(baked[1], medium, change)
+    done = run("install", "--root", root, "--medium", medium)
+    assert done.returncode == DAMAGED, done.stdout + done.stderr
+    assert "->" in done.stderr, "an error says what to do"
+    assert tree(root) == {"var/lib/nodebake/lock"}
+
+
+def test_an_unchanged_tarball_packed_anew_is_accepted(baked: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    made = rebuilt(baked[1], tmp_path, lambda root: None)
+    assert run("verify", "--root", tmp_path / "root", made).returncode == 0
+
+
+def test_a_cut_tarball_is_refused(baked: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    half = tmp_path / "node.tar.gz"
+    half.write_bytes(baked[1].read_bytes()[:-100])
+    assert run("verify", "--root", tmp_path, half).returncode == DAMAGED
+
+
+def test_what_is_no_artifact_is_refused(tmp_path: Path) -> None:
+    archive.write_node([File("/etc/x", data=b"x")], tmp_path / "x.tar.gz", mtime=0)
+    assert run("verify", "--root", tmp_path, tmp_path / "x.tar.gz").returncode == DAMAGED
+    assert run("verify", "--root", tmp_path, tmp_path / "gone.tar.gz").returncode == MISSING
+
+
+@pytest.mark.parametrize("arguments", [(), ("help",), ("verify",), ("verify", "--unknown"), ("install", "more")])
+def test_wrong_usage_is_told(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    done = run(*arguments[:1], *(("--root", tmp_path) if arguments else ()), *arguments[1:])
+    assert done.returncode == USAGE and "first-boot verify" in done.stderr
