@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from recipes import certificates, images, objects, payload, tokens
@@ -16,11 +17,20 @@ from recipes.kit.model import Cluster, File, Node
 HOST_KEY = "/etc/ssh/ssh_host_ed25519_key"
 
 
-def identity(cluster: Cluster, node: Node, secrets: store.Secrets, *, generation: str, sums: str) -> list[File]:
+def identity(
+    cluster: Cluster,
+    node: Node,
+    secrets: store.Secrets,
+    *,
+    sums: str,
+    image: Mapping[str, str] = MappingProxyType({}),
+    generation: int = 0,
+) -> list[File]:
     """Everything that this machine alone has, its signed manifest included, sorted by path. Pure but for the operator's
     registry passwords, which are read from their files.
 
-    generation: names this bake, later ones compare greater. sums: of the payload that it belongs to (payload.Written).
+    sums: of the payload that it belongs to (payload.Written). For control planes, which bring the cluster's objects:
+    image, name -> reference in the payload, and generation, which counts the versions of what they bring.
     """
     found = [
         *certificates.for_node(cluster, node, secrets),
@@ -29,7 +39,6 @@ def identity(cluster: Cluster, node: Node, secrets: store.Secrets, *, generation
             node,
             minted=_iso(secrets.minted),
             install_by=_iso(secrets.install_by),
-            generation=generation,
         ),
         File(manifest.SIGNING_KEY, data=secrets.signing.public_pem),
     ]
@@ -37,7 +46,7 @@ def identity(cluster: Cluster, node: Node, secrets: store.Secrets, *, generation
         found.append(tokens.bootstrap_kubeconfig(cluster, node, secrets))
         found += images.registry_credentials(cluster)
     if node.role == "control-plane":
-        found += _control_plane(cluster, secrets, generation)
+        found += _control_plane(cluster, secrets, image, generation)
     if cluster.bake_ssh_host_keys:
         pair = secrets.ssh_host_keys[node.name]
         found += [
@@ -45,7 +54,7 @@ def identity(cluster: Cluster, node: Node, secrets: store.Secrets, *, generation
             File(f"{HOST_KEY}.pub", data=pair.public.encode() + b"\n"),
         ]
     found.sort(key=lambda file: file.path)
-    return sorted([*found, *_manifest(cluster, node, secrets, found, generation, sums)], key=lambda file: file.path)
+    return sorted([*found, *_manifest(cluster, node, secrets, found, sums)], key=lambda file: file.path)
 
 
 def write(node: Node, contents: Sequence[File], target: Path, *, mtime: int, payload_tarball: Path | None) -> Packed:
@@ -64,7 +73,7 @@ def known_hosts(cluster: Cluster, secrets: store.Secrets) -> bytes:
     return "".join(lines).encode()
 
 
-def inventory_document(cluster: Cluster, secrets: store.Secrets, generation: str) -> dict[str, Any]:
+def inventory_document(cluster: Cluster, secrets: store.Secrets, generation: int) -> dict[str, Any]:
     """What approves certificate requests and labels Nodes has to know of every kubelet. No secret: token ids only."""
     return {
         "clusterId": secrets.cluster_id,
@@ -87,7 +96,7 @@ def inventory_document(cluster: Cluster, secrets: store.Secrets, generation: str
     }
 
 
-def _control_plane(cluster: Cluster, secrets: store.Secrets, generation: str) -> list[File]:
+def _control_plane(cluster: Cluster, secrets: store.Secrets, image: Mapping[str, str], generation: int) -> list[File]:
     inventory = json.dumps(inventory_document(cluster, secrets, generation), indent=1, sort_keys=True)
     return [
         File(
@@ -96,6 +105,7 @@ def _control_plane(cluster: Cluster, secrets: store.Secrets, generation: str) ->
             mode=0o600,
             owner="kube-apiserver",
         ),
+        File("/etc/nodebake/objects/10-cluster.yaml", data=objects.document(objects.static(cluster, image))),
         File(
             "/etc/nodebake/objects/90-tokens.yaml",
             data=objects.document(tokens.for_control_plane(cluster, secrets)),
@@ -105,9 +115,7 @@ def _control_plane(cluster: Cluster, secrets: store.Secrets, generation: str) ->
     ]
 
 
-def _manifest(
-    cluster: Cluster, node: Node, secrets: store.Secrets, found: Sequence[File], generation: str, sums: str
-) -> list[File]:
+def _manifest(cluster: Cluster, node: Node, secrets: store.Secrets, found: Sequence[File], sums: str) -> list[File]:
     about: Mapping[str, Any] = {
         "cluster": cluster.name,
         "clusterId": secrets.cluster_id,
@@ -119,7 +127,6 @@ def _manifest(
         "serial": node.serial,
         "minted": _iso(secrets.minted),
         "installBy": _iso(secrets.install_by),
-        "generation": generation,
         "payload": sums,
     }
     sign: Callable[[bytes], bytes] = lambda data: store.sign(secrets, data)  # noqa: E731

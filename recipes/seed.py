@@ -117,10 +117,10 @@ def meta_data(node: Node, digest: str) -> bytes:
 def network_config(cluster: Cluster, node: Node) -> bytes:
     """Network configuration, version 2: links by MAC address or name, a bond, a VLAN, static addresses."""
     network = node.network
-    ethernets = {link.name: _ethernet(link, network.mtu) for link in network.links}
+    ethernets = {_identifier(link): _ethernet(link, network.mtu) for link in network.links}
     config: dict[str, Any] = {"version": 2, "ethernets": ethernets}
-    top: dict[str, Any] = ethernets[network.links[0].name]
-    top_name = network.links[0].name
+    top: dict[str, Any] = ethernets[_identifier(network.links[0])]
+    top_name = _identifier(network.links[0])
     if network.bond is not None:
         parameters = {"mode": network.bond, "mii-monitor-interval": "100"}
         if network.bond == "802.3ad":
@@ -212,9 +212,19 @@ def _pinned_clock(moment: int) -> Iterator[None]:
 
 def _ethernet(link: Link, mtu: int | None) -> dict[str, Any]:
     if link.mac is None:
-        return _quiet(mtu)
+        pattern = {"match": {"name": link.name}} if _is_pattern(link) else {}
+        return {**pattern, **_quiet(mtu)}
     # The name is set, so that every renderer (netplan, networkd, ifupdown) and every service calls the card the same.
     return {"match": {"macaddress": link.mac}, "set-name": link.name, **_quiet(mtu)}
+
+
+def _is_pattern(link: Link) -> bool:
+    return link.mac is None and not set("*?[").isdisjoint(link.name)
+
+
+def _identifier(link: Link) -> str:
+    """What the document calls a card: a pattern is what is matched, never a name."""
+    return "nic0" if _is_pattern(link) else link.name
 
 
 def _quiet(mtu: int | None) -> dict[str, Any]:

@@ -95,6 +95,10 @@ class Parts:
         versions = {"kubernetes": "v1.37.1"}
         return payload.files(cluster, node.role, node.arch, self.binaries, self.images, self.packages, versions)
 
+    @property
+    def references(self) -> dict[str, str]:
+        return {image.name: image.reference for image in self.images}
+
 
 def secrets(folder: Path, cluster: Cluster) -> store.Secrets:
     return store.open(folder / f"{cluster.name}.secrets", cluster, now=NOW)
@@ -113,7 +117,7 @@ def bake(folder: Path, cluster: Cluster, node: Node, parts: Parts, minted: store
         sign=lambda data: store.sign(minted, data),
         progress=Lines(),
     )
-    identity = nodes.identity(cluster, node, minted, generation="7", sums=written.sums)
+    identity = nodes.identity(cluster, node, minted, sums=written.sums, image=parts.references, generation=7)
     tarball = folder / "nodes" / f"{node.name}.tar.gz"
     nodes.write(node, identity, tarball, mtime=MTIME, payload_tarball=target)
     return target, tarball

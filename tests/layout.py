@@ -34,7 +34,7 @@ def payload(cluster: Cluster, role: Role) -> list[File]:
 
 
 def identity(cluster: Cluster, node: Node) -> list[File]:
-    return overlay.identity(cluster, node, minted=MINTED, install_by=INSTALL_BY, generation="1")
+    return overlay.identity(cluster, node, minted=MINTED, install_by=INSTALL_BY)
 
 
 def on_loopback(cluster: Cluster, seed: int) -> Cluster:

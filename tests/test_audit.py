@@ -26,7 +26,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> artifacts.Parts:
 
 def whole(cluster: Cluster, node: Node, parts: artifacts.Parts, folder: Path) -> list[File]:
     minted = artifacts.secrets(folder, cluster)
-    identity = nodes.identity(cluster, node, minted, generation="7", sums="5" * 64)
+    identity = nodes.identity(cluster, node, minted, sums="5" * 64, image=parts.references, generation=7)
     return [*parts.payload(cluster, node), *identity]
 
 

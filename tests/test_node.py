@@ -14,6 +14,7 @@ from recipes.kit import store
 from recipes.kit.model import Cluster, File
 from tests import artifacts, samples
 
+IMAGE = {"coredns": "nodebake.local/coredns:v1"}
 SUMS = "5" * 64
 
 
@@ -29,7 +30,7 @@ def minted(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> store.
 
 def identity(cluster: Cluster, name: str, minted: store.Secrets) -> dict[str, File]:
     node = next(node for node in cluster.nodes if node.name == name)
-    files = nodes.identity(cluster, node, minted, generation="7", sums=SUMS)
+    files = nodes.identity(cluster, node, minted, sums=SUMS, image=IMAGE, generation=7)
     assert [file.path for file in files] == sorted({file.path for file in files})
     return {file.path: file for file in files}
 
@@ -51,7 +52,7 @@ def test_a_control_plane_has_what_the_cluster_is_started_from(cluster: Cluster, 
     assert tokens.mode == 0o600 and (tokens.data or b"").count(b"bootstrap.kubernetes.io/token") == 6
     inventory = json.loads(files["/etc/nodebake/inventory.json"].data or b"")
     assert files["/etc/nodebake/inventory.json"].mode == 0o600
-    assert inventory["generation"] == "7" and inventory["clusterId"] == minted.cluster_id
+    assert inventory["generation"] == 7 and inventory["clusterId"] == minted.cluster_id
     assert {kubelet["name"] for kubelet in inventory["kubelets"]} == {node.name for node in cluster.kubelets}
     worker = next(kubelet for kubelet in inventory["kubelets"] if kubelet["name"] == "worker-1")
     assert worker["tokenId"] == minted.tokens["worker-1"].id and worker["addresses"] == ["192.168.10.21"]

@@ -24,7 +24,7 @@ import yaml
 
 from recipes import objects
 from recipes.kit import overlay
-from recipes.kit.model import Cluster, File, LocalVolume, Node, Role
+from recipes.kit.model import Cluster, File, LocalVolume, Node, Role, scale_of
 from tests import samples
 from tests.layout import IMAGES, Layout, Running, identity, on_loopback, payload
 
@@ -186,9 +186,8 @@ def test_another_worker_changes_no_other_payload(cluster: Cluster) -> None:
 
 def test_probes_grow_with_the_workers_in_steps() -> None:
     def interval(count: int) -> str:
-        workers = tuple(samples.node(f"worker-{i}", "worker", 99) for i in range(count))
-        cluster = replace(samples.ha(), nodes=(*samples.ha().control_planes, *workers))
-        text = texts(cluster, workers[0])["/etc/nodebake/haproxy.cfg"]
+        cluster = replace(samples.ha(), scale=scale_of(count))
+        text = texts(cluster, cluster.workers[0])["/etc/nodebake/haproxy.cfg"]
         (found,) = set(re.findall(r" inter (\S+)", text))
         return str(found)
 

@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 from recipes.kit import clusterfile, formats
 from recipes.kit.clusterfile import MAX_WORKERS, ClusterFile, Document, Machine, NodeShape, Pool, RegistryShape, Wiring
 from recipes.kit.errors import BakeError, BakeErrors
-from recipes.kit.model import Cluster, Link, LocalVolume, Network, Node, Registry, User, Validity
+from recipes.kit.model import Cluster, Link, LocalVolume, Network, Node, Registry, User, Validity, scale_of
 
 CONTROL_PLANE_TAINT: Final = "node-role.kubernetes.io/control-plane=:NoSchedule"
 MAX_ETCD: Final = 7
@@ -180,6 +180,7 @@ class _Rules:
             flannel_backend=shape.flannel_backend,
             node_cidr_mask=shape.networking.node_cidr_mask_size,
             max_pods=shape.max_pods,
+            scale=scale_of(sum(one.node.role == "worker" for one in made)),
             etcd=shape.etcd,
             load_balancer=shape.load_balancer,
             vip=shape.virtual_ip,

@@ -31,6 +31,15 @@ USERS: dict[str, int] = {
 }
 
 
+# What depends on the size of a cluster changes in these steps, so that one worker more changes no machine's bytes.
+SCALES = (100, 1_000, 5_000)
+
+
+def scale_of(workers: int) -> int:
+    """The first of SCALES that is not below the number of workers."""
+    return next((scale for scale in SCALES if workers <= scale), SCALES[-1])
+
+
 @dataclass(frozen=True, slots=True)
 class Origin:
     """Where a file came from, for the manifest and the report."""
@@ -193,6 +202,7 @@ class Cluster:
     flannel_backend: Literal["vxlan", "host-gw"] = "vxlan"
     node_cidr_mask: int = 24
     max_pods: int = 110
+    scale: int = 100  # 100, 1,000 or 5,000: scale_of() the number of workers
     etcd: Literal["stacked", "external"] = "stacked"
     load_balancer: Literal["local", "nodes", "external"] = "local"
     vip: IPv4Address | None = None  # held by keepalived on load balancers (nodes) or control planes

@@ -1,7 +1,7 @@
 """Overlays: trees of files whose paths are the paths on the machine; `.j2` files are templates (overlays/README.md).
 
 Payload templates see cluster, role, arch, image and version; identity templates (the tree `node`) see cluster, node,
-minted, install_by and generation. An unknown name is an error, never an empty string.
+minted and install_by. An unknown name is an error, never an empty string.
 """
 
 from __future__ import annotations
@@ -73,13 +73,11 @@ def payload(
     return [files[path] for path in sorted(files)]
 
 
-def identity(
-    cluster: Cluster, node: Node, *, minted: str, install_by: str, generation: str, root: Path = OVERLAYS
-) -> list[File]:
+def identity(cluster: Cluster, node: Node, *, minted: str, install_by: str, root: Path = OVERLAYS) -> list[File]:
     """The services' part of a machine's identity. minted and install_by are ISO 8601, UTC."""
     return render(
         root / IDENTITY,
-        {"cluster": cluster, "node": node, "minted": minted, "install_by": install_by, "generation": generation},
+        {"cluster": cluster, "node": node, "minted": minted, "install_by": install_by},
     )
 
 

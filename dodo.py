@@ -1,0 +1,188 @@
+"""The task graph: `doit` bakes the whole cluster, `doit node:NAME` one machine, `doit list` names what there is.
+
+Arguments: cluster=FILE  secrets=DIR  source=release|modules  mirror=URL-or-DIR
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from recipes import report
+from recipes.bake import PACKAGE, Bake
+from recipes.kit import graph, inventory, overlay, store
+from recipes.kit.choices import Choices
+from recipes.kit.download import Desk
+from recipes.kit.graph import Same, action, argument
+from recipes.kit.model import Arch, Node, Source
+from recipes.kit.progress import for_this_terminal
+
+Task = dict[str, Any]
+
+
+@cache
+def bake() -> Bake:
+    now = datetime.now(UTC)
+    file = Path(argument("cluster") or PACKAGE / "clusters" / "ha.yaml")
+    cluster = inventory.load(file, now=now)
+    where = Path(argument("secrets") or store.default_directory(file))
+    desk = Desk(
+        build=graph.BUILD.absolute(),
+        mirror=argument("mirror"),
+        source=cast(Source | None, argument("source", one_of=get_args(Source))),
+        progress=for_this_terminal(),
+        choices=Choices(where / "choices.json"),
+    )
+    return Bake(cluster, desk, where, now)
+
+
+DOIT_CONFIG = {
+    "dep_file": str(bake().folder / ".state.db"),
+    "backend": "state",
+    "check_file_uptodate": graph.Checker,
+    "reporter": graph.Reporter,
+    "verbosity": 2,
+}
+
+
+def architectures() -> list[Arch]:
+    return sorted({node.arch for node in bake().cluster.nodes})
+
+
+def task__store() -> Task:
+    """tell what the cluster file's rules warn of, and mint what the secret store lacks"""
+    return {"actions": [action(bake().begin)], "uptodate": [False]}
+
+
+def task_binaries() -> Iterator[Task]:
+    """download or build the components"""
+    for arch in architectures():
+        yield {
+            "name": arch,
+            "actions": [action(bake().make_binaries, arch)],
+            "task_dep": ["_store"],
+            "targets": [bake().record("binaries", arch)],
+            "uptodate": [Same(bake().inputs_of_binaries, arch)],
+            "clean": True,
+        }
+
+
+def task_packages() -> Iterator[Task]:
+    """fetch the Debian packages that the machines lack, with their closure"""
+    for role, arch in bake().cluster.payloads:
+        yield {
+            "name": f"{role}-{arch}",
+            "actions": [action(bake().make_packages, role, arch)],
+            "task_dep": ["_store"],
+            "targets": [bake().record("packages", f"{role}-{arch}")],
+            "uptodate": [Same(bake().inputs_of_packages, role, arch)],
+            "clean": True,
+        }
+
+
+def task_images() -> Iterator[Task]:
+    """make or fetch the container images"""
+    for arch in architectures():
+        yield {
+            "name": arch,
+            "actions": [action(bake().make_images, arch)],
+            "file_dep": [bake().record("binaries", arch)],
+            "targets": [bake().record("images", arch)],
+            "uptodate": [Same(bake().inputs_of_images, arch)],
+            "clean": True,
+        }
+
+
+def task_payload() -> Iterator[Task]:
+    """pack what all machines of one role share"""
+    for role, arch in bake().cluster.payloads:
+        records = [
+            bake().record("binaries", arch),
+            bake().record("images", arch),
+            bake().record("packages", f"{role}-{arch}"),
+        ]
+        yield {
+            "name": f"{role}-{arch}",
+            "actions": [action(bake().make_payload, role, arch)],
+            "file_dep": [*records, *overlay.inputs(overlay.layers(bake().cluster, role))],
+            "targets": [bake().payload(role, arch), bake().payload_record(role, arch)],
+            "uptodate": [Same(bake().inputs_of_payload, role, arch)],
+            "clean": True,
+        }
+
+
+def task_node() -> Iterator[Task]:
+    """bake one machine: its tarball and its seed ISO"""
+    for node in wanted_nodes():
+        yield {
+            "name": node.name,
+            "actions": [action(bake().make_node, node)],
+            "file_dep": [
+                bake().payload_record(node.role, node.arch),
+                *overlay.inputs([overlay.IDENTITY]),
+            ],
+            "targets": [bake().tarball(node), bake().seed(node)],
+            "uptodate": [Same(bake().inputs_of_node, node)],
+            "clean": True,
+        }
+
+
+def wanted_nodes() -> list[Node]:
+    """Only the machines that were named, where some were: the others' tasks would cost time and are not needed."""
+    names = graph.named("node")
+    return list(bake().cluster.nodes) if names is None else [inventory.find(bake().cluster, name) for name in names]
+
+
+def task_volume() -> Iterator[Task]:
+    """write the payloads' volume that machines with thin media share"""
+    if any(node.media == "thin" for node in bake().cluster.nodes):
+        yield {
+            "name": "payloads",
+            "actions": [action(bake().make_volume)],
+            "file_dep": [bake().payload_record(role, arch) for role, arch in bake().cluster.payloads],
+            "targets": [bake().volume],
+            "clean": True,
+        }
+
+
+def task_desk() -> Task:
+    """write what the administrators need: admin.conf, known_hosts"""
+    return {
+        "actions": [action(bake().make_desk)],
+        "task_dep": ["_store"],
+        "targets": bake().desk_files,
+        "uptodate": [Same(bake().inputs_of_desk)],
+        "clean": True,
+    }
+
+
+def task_schema() -> Task:
+    """write the cluster file's JSON Schema, for editors"""
+    return {
+        "actions": [action(bake().make_schema)],
+        "targets": [bake().schema],
+        "uptodate": [Same(lambda: bake().code)],
+        "clean": True,
+    }
+
+
+def info(names: list[str]) -> None:
+    """What `doit info [NODE ...]` prints."""
+    if not names:
+        print(report.cluster(bake()))
+    for name in names:
+        print(report.machine(bake(), inventory.find(bake().cluster, name.removeprefix("node:"))))
+
+
+def at_end(selected: list[str]) -> None:
+    """What a finished bake ends with: every machine that was asked for."""
+    names = {name.removeprefix("node:") for name in selected if name.startswith("node:")}
+    nodes = [node for node in bake().cluster.nodes if node.name in names or "node" in selected]
+    if nodes:
+        print(report.summary(bake(), nodes))
+
+
+graph.Reporter.at_end = at_end

@@ -1,0 +1,278 @@
+"""One bake: a cluster file, a desk and the folders that what is made goes to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from recipes import audit, binaries, certificates, images, packages, payload, seed
+from recipes import node as node_recipe
+from recipes.components import load_components
+from recipes.kit import inventory, overlay, store
+from recipes.kit.download import Desk
+from recipes.kit.errors import BakeError
+from recipes.kit.model import Arch, Cluster, Fetched, File, Image, Node, Origin, Role
+
+PACKAGE = Path(__file__).parent
+
+
+@dataclass
+class Bake:
+    """A cluster, a desk and a store. The make_* methods write what the inputs_of_* methods give the digest of."""
+
+    cluster: Cluster
+    desk: Desk
+    where: Path  # the secret store
+    now: datetime
+
+    # ---- where things lie
+
+    @property
+    def folder(self) -> Path:
+        return self.desk.build / self.cluster.name
+
+    @property
+    def admin_conf(self) -> Path:
+        return self.folder / "admin.conf"
+
+    @property
+    def known_hosts(self) -> Path:
+        return self.folder / "known_hosts"
+
+    @property
+    def volume(self) -> Path:
+        return self.folder / "payloads" / "payloads.iso"
+
+    @property
+    def schema(self) -> Path:
+        return self.desk.build / "cluster-file.schema.json"
+
+    @property
+    def desk_files(self) -> list[Path]:
+        return [self.admin_conf, *([self.known_hosts] if self.cluster.bake_ssh_host_keys else [])]
+
+    def record(self, kind: str, name: str) -> Path:
+        """Where a task writes down what it obtained (JSON), for the tasks behind it."""
+        return self.folder / kind / f"{name}.json"
+
+    def payload(self, role: Role, arch: Arch) -> Path:
+        return self.folder / "payloads" / f"{role}-{arch}.tar.gz"
+
+    def payload_record(self, role: Role, arch: Arch) -> Path:
+        return payload.record_beside(self.payload(role, arch))
+
+    def tarball(self, node: Node) -> Path:
+        return self.folder / "nodes" / f"{node.name}.tar.gz"
+
+    def seed(self, node: Node) -> Path:
+        return self.folder / "seeds" / f"{node.name}.iso"
+
+    # ---- what everything depends on
+
+    @cached_property
+    def secrets(self) -> store.Secrets:
+        """Minted on first use, as far as something is missing."""
+        return store.open(self.where, self.cluster, now=self.now)
+
+    @property
+    def minted(self) -> bool:
+        """Whether the store has been minted, which looking at a cluster does not do."""
+        return (self.where / "cluster.json").exists()
+
+    @cached_property
+    def mtime(self) -> int:
+        """The one time that all files bear, in seconds since 1970: SOURCE_DATE_EPOCH, or the time of minting."""
+        epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
+        if not epoch:
+            return int(self.secrets.minted.timestamp())
+        if not epoch.isdecimal():
+            raise BakeError(f"SOURCE_DATE_EPOCH={epoch} is no time", remedy="give whole seconds since 1970")
+        return int(epoch)
+
+    @cached_property
+    def code(self) -> str:
+        """Everything of ours that decides about bytes, so that a newer Nodebake bakes anew."""
+        return digest_of_files([*PACKAGE.rglob("*.py"), *PACKAGE.glob("*.yaml")])
+
+    @cached_property
+    def shared(self) -> Cluster:
+        return payload.shared(self.cluster)
+
+    @cached_property
+    def generation(self) -> int:
+        """Counts the versions of what the control planes bring: 1, 2 ... Kept in the store, so that it never falls."""
+        known = digest(self.code, self.cluster, self._token_ids(), self._operators_files())
+        last = self.desk.choices.get("generation", "objects") or {"of": None, "number": 0}
+        if last["of"] == known:
+            return int(last["number"])
+        number = int(last["number"]) + 1
+        self.desk.choices.remember("generation", "objects", {"of": known, "number": number})
+        return number
+
+    def _token_ids(self) -> list[tuple[str, str]]:
+        return [(node.name, self.secrets.tokens[node.name].id) for node in self.cluster.kubelets]
+
+    def _operators_files(self) -> list[tuple[str, int, int]]:
+        authorities = [registry.ca for registry in self.cluster.registries if registry.ca is not None]
+        return [_stamp(path) for path in (*self.cluster.extra_objects, *authorities)]
+
+    # ---- one pair of methods for each kind of task
+
+    def begin(self) -> None:
+        for warning in self.cluster.warnings:
+            self.desk.progress.warn(warning)
+        _ = self.secrets
+
+    def inputs_of_binaries(self, arch: Arch) -> str:
+        return digest(self.code, self.desk.source, arch)
+
+    def make_binaries(self, arch: Arch) -> None:
+        mirror = self.cluster.debian_mirror
+        obtained = binaries.obtain_all(
+            load_components().values(), arch, self.desk, headers=lambda: packages.headers(arch, self.desk, mirror)
+        )
+        write_record(self.record("binaries", arch), [file for files in obtained.values() for file in files])
+
+    def inputs_of_packages(self, role: Role, arch: Arch) -> str:
+        wanted = overlay.packages(self.cluster, role)
+        return digest(self.code, wanted, arch, self.cluster.debian_mirror, self.cluster.packages)
+
+    def make_packages(self, role: Role, arch: Arch) -> None:
+        obtained = packages.obtain(overlay.packages(self.cluster, role), arch, self.cluster, self.desk)
+        write_record(self.record("packages", f"{role}-{arch}"), obtained)
+
+    def inputs_of_images(self, arch: Arch) -> str:
+        archives = [Path(image) for image in self.cluster.images if image.startswith("/")]
+        return digest(self.code, self.desk.source, arch, self.cluster.images, [_stamp(path) for path in archives])
+
+    def make_images(self, arch: Arch) -> None:
+        coredns = next(file for file in read_fetched(self.record("binaries", arch)) if file.name == "coredns")
+        write_record(self.record("images", arch), images.obtain(self.cluster, arch, self.desk, coredns))
+
+    def inputs_of_payload(self, role: Role, arch: Arch) -> str:
+        return digest(self.code, self.shared, role, arch, self.mtime, self.secrets.cluster_id, self._operators_files())
+
+    def make_payload(self, role: Role, arch: Arch) -> None:
+        by_component: dict[str, list[Fetched]] = {}
+        for file in read_fetched(self.record("binaries", arch)):
+            by_component.setdefault(file.origin.component, []).append(file)
+        debs = read_fetched(self.record("packages", f"{role}-{arch}"))
+        versions = {component.name: component.version for component in load_components().values()}
+        archives = read_images(self.record("images", arch))
+        contents = payload.files(self.shared, role, arch, by_component, archives, debs, versions)
+        example = next(node for node in self.cluster.nodes if (node.role, node.arch) == (role, arch))
+        audit.prove([*contents, *self.identity(example, sums="0" * 64)], self.cluster, example, archives)
+        payload.write(
+            self.cluster,
+            role,
+            arch,
+            contents,
+            self.payload(role, arch),
+            mtime=self.mtime,
+            sign=lambda data: store.sign(self.secrets, data),
+            progress=self.desk.progress,
+        )
+
+    def identity(self, node: Node, *, sums: str) -> list[File]:
+        if node.role != "control-plane":
+            return node_recipe.identity(self.shared, node, self.secrets, sums=sums)
+        image = {image.name: image.reference for image in read_images(self.record("images", node.arch))}
+        return node_recipe.identity(
+            self.cluster, node, self.secrets, sums=sums, image=image, generation=self.generation
+        )
+
+    def inputs_of_node(self, node: Node) -> str:
+        """A control plane knows every machine (tokens, addresses, labels); any other machine what all may know."""
+        everything = (self.cluster, self._token_ids(), self._operators_files(), self.generation)
+        known: object = everything if node.role == "control-plane" else (self.shared, self.cluster.users)
+        token = self.secrets.tokens.get(node.name)
+        minted = (self.secrets.cluster_id, self.secrets.install_by, token.id if token else None)
+        return digest(self.code, known, node, self.mtime, minted)
+
+    def make_node(self, node: Node) -> None:
+        tarball = self.payload(node.role, node.arch)
+        contents = self.identity(node, sums=payload.read_sums(tarball))
+        packed = node_recipe.write(node, contents, self.tarball(node), mtime=self.mtime, payload_tarball=tarball)
+        seed.write(self.cluster, node, self.tarball(node), self.seed(node), mtime=self.mtime, digest=packed.sha256)
+
+    def inputs_of_desk(self) -> str:
+        return digest(self.code, self.cluster, self.secrets.cluster_id)
+
+    def make_desk(self) -> None:
+        write_atomically(self.admin_conf, certificates.admin_conf(self.cluster, self.secrets), mode=0o600)
+        if self.cluster.bake_ssh_host_keys:
+            write_atomically(self.known_hosts, node_recipe.known_hosts(self.cluster, self.secrets))
+
+    def make_schema(self) -> None:
+        text = json.dumps(inventory.json_schema(), indent=1)
+        write_atomically(self.schema, text.encode() + b"\n")
+
+    def make_volume(self) -> None:
+        tarballs = {f"{role}-{arch}": self.payload(role, arch) for role, arch in self.cluster.payloads}
+        seed.write_payloads(tarballs, self.volume, mtime=self.mtime)
+
+
+def _stamp(path: Path) -> tuple[str, int, int]:
+    stat = path.stat()
+    return str(path), stat.st_size, stat.st_mtime_ns
+
+
+def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+    """Writes a small file so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_record(path: Path, things: Sequence[Fetched | Image]) -> None:
+    text = json.dumps([asdict(thing) for thing in things], indent=1, default=str, sort_keys=True)
+    write_atomically(path, text.encode() + b"\n")
+
+
+def read_fetched(path: Path) -> list[Fetched]:
+    return [_fetched(entry) for entry in json.loads(path.read_text())]
+
+
+def read_images(path: Path) -> list[Image]:
+    entries = json.loads(path.read_text())
+    return [Image(entry["name"], entry["reference"], _fetched(entry["archive"])) for entry in entries]
+
+
+def _fetched(entry: dict[str, Any]) -> Fetched:
+    origin = Origin(**entry["origin"])
+    return Fetched(entry["name"], Path(entry["path"]), entry["sha256"], entry["size"], origin)
+
+
+def digest(*inputs: object) -> str:
+    """SHA-256 (hex) over the inputs' representations: frozen nouns, bytes, text and numbers have one that is stable."""
+    total = hashlib.sha256()
+    for value in inputs:
+        total.update(value if isinstance(value, bytes) else repr(value).encode())
+        total.update(b"\0")
+    return total.hexdigest()
+
+
+def digest_of_files(paths: Iterable[Path]) -> str:
+    """SHA-256 (hex) over names, execute bits and contents."""
+    total = hashlib.sha256()
+    for path in sorted(paths):
+        total.update(f"{path}\0{os.access(path, os.X_OK)}\0".encode())
+        total.update(hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()

@@ -1,0 +1,219 @@
+"""Everything that doit needs to be told: with dodo.py the only place that knows doit (0.37).
+
+doit's own parts are replaced where they do not fit a bake: state is committed task by task (doit's SQLite backend
+writes at exit, so that SIGKILL loses all of it), files are compared by a SHA-256 that is computed once per run (doit's
+MD5 is computed per task), and failures that a person can mend are told without a traceback.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import sqlite3
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from doit import get_var
+from doit.cmd_base import DodoTaskLoader, DoitCmdBase
+from doit.cmd_run import Run as DoitRun
+from doit.dependency import FileChangedChecker, SqliteDB
+from doit.exceptions import InvalidCommand, TaskFailed
+from doit.reporter import ConsoleReporter
+
+from recipes.kit.errors import BakeError
+from recipes.kit.locks import locked
+
+BUILD = Path("build")
+STATE = BUILD / ".doit.db"
+
+
+def argument(name: str, *, one_of: Sequence[str] = ()) -> str | None:
+    """The value of `name=value` on doit's command line. Raises BakeError for a value that is not one_of."""
+    value: str | None = get_var(name)
+    if value is not None and one_of and value not in one_of:
+        raise BakeError(f"{name}={value} is unknown", remedy=f"say {name}= with one of: {', '.join(one_of)}")
+    return value
+
+
+class Loader(DodoTaskLoader):  # type: ignore[misc]
+    """Loads dodo.py; a mistake of the person's is told as one. `named` are the sub-tasks asked for, so that no other
+    is made: with 5,000 machines making all of them costs more than baking one."""
+
+    named: tuple[str, ...] | None = None
+
+    def setup(self, opt_values: Any) -> None:
+        with _told():
+            super().setup(opt_values)
+
+    def load_tasks(self, cmd: Any, pos_args: list[str]) -> Any:
+        names = [argument for argument in pos_args if not argument.startswith("-")]
+        plain = all(":" in name and "*" not in name for name in names)
+        Loader.named = tuple(names) if cmd.execute_tasks and names and plain else None
+        with _told():
+            return super().load_tasks(cmd, pos_args)
+
+
+def named(kind: str) -> list[str] | None:
+    """The names asked for as `doit kind:name`; None when every one may be needed."""
+    if Loader.named is None:
+        return None
+    return [name.partition(":")[2] for name in Loader.named if name.partition(":")[0] == kind]
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except BakeError as error:
+        raise InvalidCommand(str(error)) from error
+
+
+class Run(DoitRun):  # type: ignore[misc]
+    """`doit` and `doit TASK`: one bake at a time in a folder; Ctrl-C and SIGTERM end it tidily."""
+
+    def execute(self, params: Any, args: list[str]) -> int:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            with locked(BUILD / ".lock", waiting=_waiting):
+                return int(super().execute(params, args))
+        except KeyboardInterrupt:
+            print("Interrupted. Nothing half-written counts as done; the next doit continues.", file=sys.stderr)
+            return 130
+
+
+def _waiting() -> None:
+    print("Another bake is running in this folder: waiting until it is done.", file=sys.stderr, flush=True)
+
+
+class State(SqliteDB):  # type: ignore[misc]
+    """doit's state, written when a task is done and not when doit ends. Losing it costs time, never truth."""
+
+    def __init__(self, name: str, codec: Any, *, module_name: str | None = None) -> None:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        super().__init__(name, codec, module_name=module_name)
+
+    def _sqlite3(self, name: str) -> sqlite3.Connection:
+        connection: sqlite3.Connection = super()._sqlite3(name)
+        connection.execute("pragma journal_mode=wal")
+        connection.execute("pragma synchronous=off")
+        return connection
+
+    def set(self, task_id: str, dependency: str, value: Any) -> None:
+        super().set(task_id, dependency, value)
+        if dependency == "deps:":  # the last thing that doit says of a finished task
+            self._commit(task_id)
+
+    def remove(self, task_id: str) -> None:
+        super().remove(task_id)
+        self._conn.commit()
+
+    def _commit(self, task_id: str) -> None:
+        text = self.codec.encode(self._cache[task_id])
+        self._conn.execute("insert or replace into doit values (?,?)", (task_id, text))
+        self._conn.commit()
+        self._dirty.discard(task_id)
+
+
+class Checker(FileChangedChecker):  # type: ignore[misc]
+    """A file is the same when its time and size are, or else its SHA-256; each file is hashed once per run."""
+
+    def check_modified(self, file_path: str, file_stat: os.stat_result, state: Sequence[Any]) -> bool:
+        time, size, digest = state
+        if file_stat.st_size != size:
+            return True
+        return file_stat.st_mtime_ns != time and _sha256(file_path, file_stat.st_mtime_ns, size) != str(digest)
+
+    def get_state(self, dep: str, current_state: Sequence[Any] | None) -> tuple[int, int, str] | None:
+        stat = Path(dep).stat()
+        if current_state and tuple(current_state[:2]) == (stat.st_mtime_ns, stat.st_size):
+            return None
+        return stat.st_mtime_ns, stat.st_size, _sha256(dep, stat.st_mtime_ns, stat.st_size)
+
+
+@cache
+def _sha256(path: str, time: int, size: int) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Same:
+    """An `uptodate` check: the task's inputs that are no files have the digest that they had when it last ran.
+
+    digest is called when the task's turn has come, after everything that it depends on is done.
+    """
+
+    def __init__(self, digest: Callable[..., str], *arguments: object) -> None:
+        self._digest = partial(digest, *arguments)
+
+    def __call__(self, task: Any, values: dict[str, Any]) -> bool:
+        digest = self._digest()
+        task.value_savers.append(lambda: {"inputs": digest})
+        return values.get("inputs") == digest
+
+
+def action(make: Callable[..., None], *arguments: object) -> Callable[[], TaskFailed | None]:
+    """A recipe as a doit action: a BakeError fails the task with its own words; anything else is a defect of ours."""
+
+    def run() -> TaskFailed | None:
+        try:
+            make(*arguments)
+        except BakeError as error:
+            return TaskFailed(str(error))
+        return None
+
+    return run
+
+
+class Reporter(ConsoleReporter):  # type: ignore[misc]
+    """One line for each thing made, errors in one voice, and `at_end` once everything that was asked for is there."""
+
+    desc = "one line for each thing made"
+    at_end: Callable[[list[str]], None] | None = None
+
+    def initialize(self, tasks: Any, selected_tasks: list[str]) -> None:
+        self._selected = list(selected_tasks)
+        self._failed = False
+
+    def execute_task(self, task: Any) -> None:
+        if task.actions and task.doc and not task.name.startswith("_"):
+            self.write(f"{task.title()}\n")
+            self.outstream.flush()
+
+    def skip_uptodate(self, task: Any) -> None:
+        pass
+
+    def add_failure(self, task: Any, fail: Any) -> None:
+        self._failed = True
+        sys.stdout.flush()
+        print(f"ERROR: {fail.message}", file=sys.stderr)
+        if fail.traceback:
+            print("".join(fail.traceback), file=sys.stderr)
+
+    def runtime_error(self, msg: str) -> None:
+        self._failed = True
+        print(f"ERROR: {msg}", file=sys.stderr)
+
+    def complete_run(self) -> None:
+        if not self._failed and sys.exc_info()[0] is None and Reporter.at_end is not None:
+            Reporter.at_end(self._selected)
+
+
+class Info(DoitCmdBase):  # type: ignore[misc]
+    """`doit info [NODE]`: what is in the cluster or in one machine's artifact; dodo.py says how, as `info(names)`."""
+
+    doc_purpose = "show the cluster, or one machine: what is in it, from where, until when"
+    doc_usage = "[NODE]"
+    doc_description = None
+    execute_tasks = False
+
+    def _execute(self, pos_args: list[str]) -> int:
+        try:
+            self.loader.namespace["info"](pos_args)
+        except BakeError as error:
+            raise InvalidCommand(str(error)) from error
+        return 0

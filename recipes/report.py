@@ -1,0 +1,150 @@
+"""What was baked, for people: the table at the end of a bake, and `doit info`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from recipes import certificates
+from recipes.bake import Bake, read_fetched, read_images
+from recipes.kit import store
+from recipes.kit.model import Node
+from recipes.kit.progress import amount
+
+ROWS = 24  # a table of 5,000 machines is for a file, not for a screen
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell; nothing that a log could not show."""
+    lines = [list(head), *map(list, rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    filled = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join("  ".join(cells).rstrip() for cells in filled)
+
+
+def facts(*named: tuple[str, str]) -> list[str]:
+    """Lines of "name  value"."""
+    return table(named[0], named[1:]).splitlines()
+
+
+def summary(bake: Bake, nodes: Sequence[Node]) -> str:
+    """The end of a bake: machines, artifacts, sizes, sources, expiry, and what to do next."""
+    shown = nodes if len(nodes) <= ROWS else nodes[: ROWS // 2]
+    rows = [
+        (
+            node.name,
+            node.role,
+            str(node.address),
+            node.media,
+            _size(bake.tarball(node)),
+            _size(bake.seed(node)),
+            _first_expiry(bake, node),
+        )
+        for node in shown
+    ]
+    lines = ["", table(("MACHINE", "ROLE", "ADDRESS", "MEDIA", "TARBALL", "SEED", "CERTIFICATES UNTIL"), rows)]
+    if len(nodes) > len(shown):
+        lines.append(f"... and {len(nodes) - len(shown)} machines more")
+    lines += ["", f"Sources: {_sources(bake)}", *_until(bake), "", *_next(bake)]
+    return "\n".join(lines)
+
+
+def cluster(bake: Bake) -> str:
+    """`doit info`: the cluster, as far as it is baked."""
+    cluster = bake.cluster
+    roles = Counter(node.role for node in cluster.nodes)
+    members = [node.name for node in cluster.etcd_members]
+    endpoint = cluster.control_plane_endpoint or cluster.vip or "each control plane"
+    lines = facts(
+        ("cluster", f"{cluster.name} ({cluster.file})"),
+        ("machines", ", ".join(f"{count} {role}" for role, count in roles.items())),
+        ("etcd", f"{cluster.etcd}: {', '.join(members)}"),
+        ("API", f"load balancer: {cluster.load_balancer}; endpoint: {endpoint}"),
+        ("pods", f"{cluster.pod_subnet} by {cluster.pod_network}; services {cluster.service_subnet}"),
+        ("store", str(bake.where)),
+    )
+    if not bake.minted:
+        return "\n".join([*lines, "", "Nothing is baked yet: run doit."])
+    lines += ["", *_until(bake), "", table(("COMPONENT", "VERSION", "SOURCE"), _components(bake))]
+    expiries = certificates.expiries(cluster, None, bake.secrets)
+    lines += ["", table(("CERTIFICATE", "UNTIL"), [(name, _day(moment)) for name, moment in expiries])]
+    return "\n".join(lines)
+
+
+def machine(bake: Bake, node: Node) -> str:
+    """`doit info NODE`: one machine's artifact: what is in it, from where, until when."""
+    lines = facts(
+        ("machine", f"{node.name} ({node.role}, {node.arch}, media {node.media})"),
+        ("address", ", ".join(str(address) for address in node.network.addresses)),
+        ("matched by", ", ".join(link.mac or f"interface {link.name}" for link in node.network.links)),
+        ("tarball", f"{bake.tarball(node)} {_size(bake.tarball(node))}"),
+        ("seed", f"{bake.seed(node)} {_size(bake.seed(node))}"),
+    )
+    if not bake.minted or not bake.tarball(node).exists():
+        return "\n".join([*lines, "", f"It is not baked yet: run doit node:{node.name}"])
+    lines += ["", *_until(bake)]
+    expiries = certificates.expiries(bake.cluster, node, bake.secrets)
+    if expiries:
+        lines += ["", table(("CERTIFICATE", "UNTIL"), [(name, _day(moment)) for name, moment in expiries])]
+    lines += ["", table(("COMPONENT", "VERSION", "SOURCE", "FILES", "SIZE"), _contents(bake, node))]
+    return "\n".join(lines)
+
+
+def _contents(bake: Bake, node: Node) -> list[tuple[str, ...]]:
+    """What the payload holds, by component: files and bytes. With thin media it lies beside the artifact."""
+    found: dict[tuple[str, str, str], list[int]] = {}
+    for entry in json.loads(bake.payload_record(node.role, node.arch).read_text())["files"]:
+        key = (entry.get("component") or "configuration", entry.get("version") or "", entry.get("source") or "baked")
+        found.setdefault(key, []).append(entry.get("size") or 0)
+    return [(*key, str(len(sizes)), amount(sum(sizes), "bytes")) for key, sizes in sorted(found.items())]
+
+
+def _components(bake: Bake) -> list[tuple[str, str, str]]:
+    """(name, version, source) of everything but Debian's packages, which are counted as one."""
+    found: set[tuple[str, str, str]] = set()
+    for record in sorted((bake.folder / "binaries").glob("*.json")):
+        found |= {(file.origin.component, file.origin.version, file.origin.source) for file in read_fetched(record)}
+    for record in sorted((bake.folder / "images").glob("*.json")):
+        found |= {(f"image {each.reference}", "", each.archive.origin.source) for each in read_images(record)}
+    debs = {file.name for record in (bake.folder / "packages").glob("*.json") for file in read_fetched(record)}
+    return [*sorted(found), *([(f"{len(debs)} packages", "", "debian")] if debs else [])]
+
+
+def _sources(bake: Bake) -> str:
+    components = _components(bake)
+    counted = Counter(source.partition(" (")[0] for _, _, source in components if source != "debian")
+    told = [f"{count} from {source}" for source, count in sorted(counted.items())]
+    return ", ".join([*told, *(f"{name} from {source}" for name, _, source in components if source == "debian")])
+
+
+def _until(bake: Bake) -> list[str]:
+    return [
+        f"Install by {_day(bake.secrets.install_by)}: bootstrap tokens end then, and first boot refuses.",
+        f"Manifests are signed with the key {store.fingerprint(bake.secrets)}.",
+    ]
+
+
+def _next(bake: Bake) -> list[str]:
+    return [
+        "Next:",
+        f"  1. Give each machine its own ISO of {bake.folder / 'seeds'} (virtual media, USB stick, CD).",
+        "  2. Switch them on, in any order.",
+        f"  3. kubectl --kubeconfig {bake.folder / 'admin.conf'} get nodes",
+        f"Keep {bake.where} safe: it holds the cluster's keys.",
+    ]
+
+
+def _first_expiry(bake: Bake, node: Node) -> str:
+    expiries = certificates.expiries(bake.cluster, node, bake.secrets)
+    return _day(min(moment for _, moment in expiries)) if expiries else "issued on joining"
+
+
+def _day(moment: datetime) -> str:
+    return moment.strftime("%Y-%m-%d")
+
+
+def _size(path: Path) -> str:
+    return amount(path.stat().st_size, "bytes") if path.exists() else "-"
