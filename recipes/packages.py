@@ -44,7 +44,7 @@ _DEBIAN = re.compile(
 _SECURITY = re.compile(r"\w+(-security|/updates)")
 _DISTRUST = re.compile(r"GPG error|NO_PUBKEY|BADSIG|not signed|signature|NODATA", re.IGNORECASE)
 _URI = re.compile(r"^'([^']+)' (\S+) (\d+) SHA256:([0-9a-f]{64})$", re.MULTILINE)
-_OPTIONS = ("-qq", "--yes", "--no-install-recommends", "-o", "Acquire::ForceHash=SHA256")
+_OPTIONS = ("-qq", "--yes", "--no-install-recommends", "--no-upgrade", "-o", "Acquire::ForceHash=SHA256")
 
 
 @dataclass(frozen=True, slots=True)

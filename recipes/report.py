@@ -98,6 +98,8 @@ def _contents(bake: Bake, node: Node) -> list[tuple[str, ...]]:
     found: dict[tuple[str, str, str], list[int]] = {}
     for entry in json.loads(bake.payload_record(node.role, node.arch).read_text())["files"]:
         key = (entry.get("component") or "configuration", entry.get("version") or "", entry.get("source") or "baked")
+        if key[2] == "debian":
+            key = ("Debian packages", "", "debian")
         found.setdefault(key, []).append(entry.get("size") or 0)
     return [(*key, str(len(sizes)), amount(sum(sizes), "bytes")) for key, sizes in sorted(found.items())]
 
