@@ -5,14 +5,15 @@ Arguments: cluster=FILE  secrets=DIR  source=release|modules  mirror=URL-or-DIR
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from recipes import report
-from recipes.bake import PACKAGE, Bake
+from recipes.bake import PACKAGE, Bake, still_there
 from recipes.kit import graph, inventory, overlay, store
 from recipes.kit.choices import Choices
 from recipes.kit.download import Desk
@@ -25,6 +26,7 @@ Task = dict[str, Any]
 
 @cache
 def bake() -> Bake:
+    graph.only_arguments("cluster", "secrets", "source", "mirror")
     now = datetime.now(UTC)
     file = Path(argument("cluster") or PACKAGE / "clusters" / "ha.yaml")
     cluster = inventory.load(file, now=now)
@@ -48,6 +50,11 @@ DOIT_CONFIG = {
 }
 
 
+def still(record: Path) -> Callable[[], bool]:
+    """An `uptodate` check: what a record names has not been cleared out of the cache."""
+    return partial(still_there, record)
+
+
 def architectures() -> list[Arch]:
     return sorted({node.arch for node in bake().cluster.nodes})
 
@@ -65,7 +72,7 @@ def task_binaries() -> Iterator[Task]:
             "actions": [action(bake().make_binaries, arch)],
             "task_dep": ["_store"],
             "targets": [bake().record("binaries", arch)],
-            "uptodate": [Same(bake().inputs_of_binaries, arch)],
+            "uptodate": [Same(bake().inputs_of_binaries, arch), still(bake().record("binaries", arch))],
             "clean": True,
         }
 
@@ -78,7 +85,10 @@ def task_packages() -> Iterator[Task]:
             "actions": [action(bake().make_packages, role, arch)],
             "task_dep": ["_store"],
             "targets": [bake().record("packages", f"{role}-{arch}")],
-            "uptodate": [Same(bake().inputs_of_packages, role, arch)],
+            "uptodate": [
+                Same(bake().inputs_of_packages, role, arch),
+                still(bake().record("packages", f"{role}-{arch}")),
+            ],
             "clean": True,
         }
 
@@ -91,7 +101,7 @@ def task_images() -> Iterator[Task]:
             "actions": [action(bake().make_images, arch)],
             "file_dep": [bake().record("binaries", arch)],
             "targets": [bake().record("images", arch)],
-            "uptodate": [Same(bake().inputs_of_images, arch)],
+            "uptodate": [Same(bake().inputs_of_images, arch), still(bake().record("images", arch))],
             "clean": True,
         }
 
@@ -116,14 +126,12 @@ def task_payload() -> Iterator[Task]:
 
 def task_node() -> Iterator[Task]:
     """bake one machine: its tarball and its seed ISO"""
+    templates = overlay.inputs([overlay.IDENTITY])
     for node in wanted_nodes():
         yield {
             "name": node.name,
             "actions": [action(bake().make_node, node)],
-            "file_dep": [
-                bake().payload_record(node.role, node.arch),
-                *overlay.inputs([overlay.IDENTITY]),
-            ],
+            "file_dep": [bake().payload_record(node.role, node.arch), *templates],
             "targets": [bake().tarball(node), bake().seed(node)],
             "uptodate": [Same(bake().inputs_of_node, node)],
             "clean": True,
@@ -171,10 +179,11 @@ def task_schema() -> Task:
 
 def info(names: list[str]) -> None:
     """What `doit info [NODE ...]` prints."""
+    look = replace(bake(), minting=False)
     if not names:
-        print(report.cluster(bake()))
-    for name in names:
-        print(report.machine(bake(), inventory.find(bake().cluster, name.removeprefix("node:"))))
+        print(report.cluster(look))
+    for node in [inventory.find(look.cluster, name.removeprefix("node:")) for name in names]:
+        print(report.machine(look, node))
 
 
 def at_end(selected: list[str]) -> None:

@@ -35,6 +35,7 @@ _UNIT_LIST = (
 _TOPS = "bin|dev|etc|home|lib|mnt|opt|proc|root|run|sbin|srv|sys|tmp|usr|var"
 # An absolute path below a folder of the file hierarchy; what stands before tells it from the tail of a URL or variable.
 _PATH = re.compile(rf"(?<![\w.+/:}}\])@%-])(-?)(/(?:{_TOPS})(?![\w.-])(?:/[A-Za-z0-9._+@:*?-]*)*)([$%{{<@\\]?)")
+_MADE = re.compile(rb"^d +(/\S+)", re.MULTILINE)
 _ASKED = re.compile(r"""(?:\[|\btest) (?:! )?-[a-z] "?(/[^\s"]+)""")
 _SANDBOX = re.compile(r"""^\s*sandbox(?:_image)?\s*=\s*['"]([^'"]+)['"]""", re.MULTILINE)
 _NO_TEXT = (manifest.FOLDER, "/etc/nodebake/objects", "/etc/nodebake/inventory.json", "/etc/ssh")
@@ -44,13 +45,22 @@ _ARCHIVES = re.compile(r"/opt/nodebake/[0-9a-f]+/images/[^/]+")
 _PROGRAMS = re.compile(r"/opt/nodebake/[0-9a-f]+/(?:bin|cni)/[^/]+")
 _DEBS = re.compile(r"/opt/nodebake/[0-9a-f]+/packages/[^/]+\.deb")
 _NAME = "io.containerd.image.name"
+_SHELLS = ("#!/bin/sh", "#!/bin/bash")
+_CONSTANT = re.compile(r"^\s*(\w+)=(/[\w./-]+)$", re.MULTILINE)
 
 
-def prove(files: Sequence[File], cluster: Cluster, node: Node, images: Sequence[Image] = ()) -> None:
+def prove(
+    files: Sequence[File],
+    cluster: Cluster,
+    node: Node,
+    images: Sequence[Image] = (),
+    packages: Sequence[str] = (),
+) -> None:
     """Raises BakeErrors that name every hole in one node's artifact.
 
     files: payload and identity together (manifests may be left out). images: what the payload was given; each of its
-    references must be a name that an archive really has.
+    references must be a name that an archive really has. packages: Debian packages that the overlays ask for; programs
+    call what is in them unseen (kube-proxy calls nft), so each must be there, or a part of the minimal system.
     """
     machine = _Machine(files)
     holes: list[BakeError] = []
@@ -63,12 +73,14 @@ def prove(files: Sequence[File], cluster: Cluster, node: Node, images: Sequence[
             holes += _deb(file, node.arch)
         text = _text(file)
         if text is not None:
+            text = _constants_filled_in(text) if text.startswith(_SHELLS) else text
             holes += _paths(machine, file, text)
-            if text.startswith(("#!/bin/sh", "#!/bin/bash")) or file.path.startswith("/etc/profile.d/"):
+            if text.startswith(_SHELLS) or file.path.startswith("/etc/profile.d/"):
                 holes += _commands(machine, file, (file.data or b"").decode())
             if str(PurePosixPath(file.path).parent) == _UNITS or re.search(r"\.(service|timer|path)\.d/", file.path):
                 holes += _unit(machine, file, text)
     holes += _images(files, cluster, node, images)
+    holes += _packages(files, node, packages)
     if holes:
         raise BakeErrors(holes)
 
@@ -79,6 +91,9 @@ class _Machine:
     def __init__(self, files: Sequence[File]) -> None:
         self.files = {file.path: file for file in files}
         self.folders = {str(folder) for path in self.files for folder in PurePosixPath(path).parents}
+        for file in files:  # what systemd-tmpfiles makes there
+            if file.path.startswith("/etc/tmpfiles.d/"):
+                self.folders |= {path.decode() for path in _MADE.findall(file.data or b"")}
         self._links = {file.path: file.link for file in files if file.link is not None}
         self._debs = [
             (file.source, file.sha256) for file in files if _DEBS.fullmatch(file.path) and file.source is not None
@@ -97,32 +112,40 @@ class _Machine:
                 return self.resolve(str(PurePosixPath(target, *parts[count:])), depth + 1)
         return path
 
-    def has(self, path: str) -> bool:
+    def has(self, *paths: str) -> bool:
+        """Whether one of the paths is there; unpacking packages comes last, for it takes seconds."""
+        return any(self._known(path) for path in paths) or any(self._place(path) in self._unpacked for path in paths)
+
+    def _place(self, path: str) -> str:
+        """Where a path leads. Of a pattern that matches nothing today, which may stay so, its folder."""
+        found = self.resolve(_normal_path(path))
+        return self._place(_folder(found)) if _is_pattern(found) else found
+
+    def _known(self, path: str) -> bool:
+        """Whether it is there, by all that is quick to ask."""
         path = _normal_path(path)
         if path in _system("paths") or any(f"{path}/".startswith(f"{known}/") for known in _system("runtime")):
             return True
         found = self.resolve(path)
-        if "*" in found or "?" in found:
-            # A pattern that matches nothing today is a list that may stay empty; its folder must be there.
-            return self.has(str(PurePosixPath(re.split(r"[^/]*[*?]", found)[0])))
+        if _is_pattern(found):
+            return self._known(_folder(found))
         if found in self.files or found in self.folders or found in _system("paths"):
             return True
         pure = PurePosixPath(found)
         if str(pure.parent) in ("/usr/bin", "/usr/sbin") and pure.name in _system("programs"):
             return True
-        return found in self._listed or found in self._unpacked
+        return found in self._listed
 
     def has_command(self, name: str) -> bool:
-        return name in _system("programs") or any(
-            self.has(f"{folder}/{name}") for folder in ("/opt/nodebake/current/bin", "/usr/bin", "/usr/sbin")
-        )
+        folders = ("/opt/nodebake/current/bin", "/usr/bin", "/usr/sbin")
+        return name in _system("programs") or self.has(*(f"{folder}/{name}" for folder in folders))
 
     def has_unit(self, name: str) -> bool:
         if name in _system("units") or "%" in name:
             return True
         names = {name, re.sub(r"@[^.]*\.", "@.", name)}
         folders = (_UNITS, "/usr/lib/systemd/system")
-        return any(self.has(f"{folder}/{each}") for folder in folders for each in names)
+        return self.has(*(f"{folder}/{each}" for folder in folders for each in names))
 
     @cached_property
     def _listed(self) -> frozenset[str]:
@@ -141,6 +164,14 @@ def _system(key: str) -> frozenset[str]:
     return frozenset(yaml.safe_load(SYSTEM.read_text(encoding="utf-8"))[key].split())
 
 
+def _is_pattern(path: str) -> bool:
+    return "*" in path or "?" in path
+
+
+def _folder(pattern: str) -> str:
+    return str(PurePosixPath(re.split(r"[^/]*[*?]", pattern)[0]))
+
+
 def _hole(what: str, file: File, remedy: str = "bake what is named, or correct the name") -> BakeError:
     return BakeError(what, where=file.path, remedy=remedy)
 
@@ -156,6 +187,14 @@ def _text(file: File) -> str | None:
     first, _, _ = text.partition("\n")
     lines = (re.sub(r"(^|\s)#.*$|^\s*[;!].*$", r"\1", line) for line in text.splitlines())
     return "\n".join([first, *list(lines)[1:]] if first.startswith("#!") else lines)
+
+
+def _constants_filled_in(text: str) -> str:
+    """A shell program in which variables that only ever are one path are that path: "$payload/bin/ctr"."""
+    for name, path in _CONSTANT.findall(text):
+        if len(re.findall(rf"\b{name}=|\bread\b.*\b{name}\b|\bfor {name}\b", text)) == 1:
+            text = re.sub(rf"\$(?:{name}\b|{{{name}}})", path, text)
+    return text
 
 
 def _link(machine: _Machine, file: File) -> list[BakeError]:
@@ -346,6 +385,16 @@ def _archive(source: Path, _digest: str | None) -> tuple[frozenset[str], frozens
 
 
 # -- Debian packages --------------------------------------------------------------------------------------------------
+
+
+def _packages(files: Sequence[File], node: Node, wanted: Iterable[str]) -> Iterator[BakeError]:
+    there = {PurePosixPath(file.path).name.partition("_")[0] for file in files if _DEBS.fullmatch(file.path)}
+    for name in sorted(set(wanted) - there - _system("packages")):
+        yield BakeError(
+            f"the Debian package {name} is asked for, but is not in the artifact",
+            where=f"overlays/packages.yaml, for {node.name}",
+            remedy="bake what is named, or correct the name",
+        )
 
 
 @lru_cache(maxsize=4096)

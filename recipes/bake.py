@@ -1,4 +1,7 @@
-"""One bake: a cluster file, a desk and the folders that what is made goes to."""
+"""One bake: a cluster file, a desk and the folders that what is made goes to.
+
+The recipes are imported where something is made: finding out that nothing is to be made must not wait for them.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from recipes import audit, binaries, certificates, images, packages, payload, seed
-from recipes import node as node_recipe
 from recipes.components import load_components
 from recipes.kit import inventory, overlay, store
 from recipes.kit.download import Desk
@@ -31,6 +32,7 @@ class Bake:
     desk: Desk
     where: Path  # the secret store
     now: datetime
+    minting: bool = True  # False: only look
 
     # ---- where things lie
 
@@ -66,7 +68,8 @@ class Bake:
         return self.folder / "payloads" / f"{role}-{arch}.tar.gz"
 
     def payload_record(self, role: Role, arch: Arch) -> Path:
-        return payload.record_beside(self.payload(role, arch))
+        """The JSON that payload.write() puts beside the tarball."""
+        return self.payload(role, arch).with_name(f"{role}-{arch}.json")
 
     def tarball(self, node: Node) -> Path:
         return self.folder / "nodes" / f"{node.name}.tar.gz"
@@ -79,7 +82,7 @@ class Bake:
     @cached_property
     def secrets(self) -> store.Secrets:
         """Minted on first use, as far as something is missing."""
-        return store.open(self.where, self.cluster, now=self.now)
+        return store.open(self.where, self.cluster, now=self.now, mint=self.minting)
 
     @property
     def minted(self) -> bool:
@@ -99,22 +102,29 @@ class Bake:
     @cached_property
     def code(self) -> str:
         """Everything of ours that decides about bytes, so that a newer Nodebake bakes anew."""
-        return digest_of_files([*PACKAGE.rglob("*.py"), *PACKAGE.glob("*.yaml")])
+        return digest_of_files([*PACKAGE.rglob("*.py"), *PACKAGE.glob("*.yaml")], PACKAGE)
 
     @cached_property
     def shared(self) -> Cluster:
-        return payload.shared(self.cluster)
+        return self.cluster.shared
 
     @cached_property
     def generation(self) -> int:
         """Counts the versions of what the control planes bring: 1, 2 ... Kept in the store, so that it never falls."""
-        known = digest(self.code, self.cluster, self._token_ids(), self._operators_files())
+        known = digest(self.code, self._named_alike, self._token_ids(), self._operators_bytes())
         last = self.desk.choices.get("generation", "objects") or {"of": None, "number": 0}
         if last["of"] == known:
             return int(last["number"])
         number = int(last["number"]) + 1
         self.desk.choices.remember("generation", "objects", {"of": known, "number": number})
         return number
+
+    @property
+    def _named_alike(self) -> Cluster:
+        """The cluster without the desk's paths: a project that was moved or copied bakes the same."""
+        registries = tuple(replace(registry, ca=None, password_file=None) for registry in self.cluster.registries)
+        nowhere = Path(self.cluster.file.name)
+        return replace(self.cluster.unwired, file=nowhere, images=(), extra_objects=(), registries=registries)
 
     def _token_ids(self) -> list[tuple[str, str]]:
         return [(node.name, self.secrets.tokens[node.name].id) for node in self.cluster.kubelets]
@@ -123,17 +133,31 @@ class Bake:
         authorities = [registry.ca for registry in self.cluster.registries if registry.ca is not None]
         return [_stamp(path) for path in (*self.cluster.extra_objects, *authorities)]
 
+    def _operators_bytes(self) -> list[str]:
+        return [hashlib.sha256(path.read_bytes()).hexdigest() for path in self.cluster.extra_objects]
+
+    def _passwords(self) -> list[tuple[str, int, int]]:
+        """By time and size only: a digest of a password would be a way to guess it."""
+        return [_stamp(registry.password_file) for registry in self.cluster.registries if registry.password_file]
+
     # ---- one pair of methods for each kind of task
 
     def begin(self) -> None:
+        """Runs first, alone in build/: so every temporary file in there was left by a bake that was killed."""
+        desk = (left for path in self.desk_files for left in self.folder.glob(f".{path.name}.*"))
+        for left in [*self.folder.glob("*/.*"), *desk]:
+            left.unlink()
         for warning in self.cluster.warnings:
             self.desk.progress.warn(warning)
-        _ = self.secrets
+        _ = self.secrets, self.mtime  # what is wrong with them is told here, once
 
     def inputs_of_binaries(self, arch: Arch) -> str:
-        return digest(self.code, self.desk.source, arch)
+        modules = [path for path in (PACKAGE / "modules").rglob("*") if path.is_file()]
+        return digest(self.code, digest_of_files(modules, PACKAGE), self.desk.source, arch)
 
     def make_binaries(self, arch: Arch) -> None:
+        from recipes import binaries, packages
+
         mirror = self.cluster.debian_mirror
         obtained = binaries.obtain_all(
             load_components().values(), arch, self.desk, headers=lambda: packages.headers(arch, self.desk, mirror)
@@ -145,6 +169,8 @@ class Bake:
         return digest(self.code, wanted, arch, self.cluster.debian_mirror, self.cluster.packages)
 
     def make_packages(self, role: Role, arch: Arch) -> None:
+        from recipes import packages
+
         obtained = packages.obtain(overlay.packages(self.cluster, role), arch, self.cluster, self.desk)
         write_record(self.record("packages", f"{role}-{arch}"), obtained)
 
@@ -153,6 +179,8 @@ class Bake:
         return digest(self.code, self.desk.source, arch, self.cluster.images, [_stamp(path) for path in archives])
 
     def make_images(self, arch: Arch) -> None:
+        from recipes import images
+
         coredns = next(file for file in read_fetched(self.record("binaries", arch)) if file.name == "coredns")
         write_record(self.record("images", arch), images.obtain(self.cluster, arch, self.desk, coredns))
 
@@ -160,6 +188,8 @@ class Bake:
         return digest(self.code, self.shared, role, arch, self.mtime, self.secrets.cluster_id, self._operators_files())
 
     def make_payload(self, role: Role, arch: Arch) -> None:
+        from recipes import audit, payload
+
         by_component: dict[str, list[Fetched]] = {}
         for file in read_fetched(self.record("binaries", arch)):
             by_component.setdefault(file.origin.component, []).append(file)
@@ -168,7 +198,8 @@ class Bake:
         archives = read_images(self.record("images", arch))
         contents = payload.files(self.shared, role, arch, by_component, archives, debs, versions)
         example = next(node for node in self.cluster.nodes if (node.role, node.arch) == (role, arch))
-        audit.prove([*contents, *self.identity(example, sums="0" * 64)], self.cluster, example, archives)
+        whole = [*contents, *self.identity(example, sums="0" * 64)]
+        audit.prove(whole, self.cluster, example, archives, overlay.packages(self.cluster, role))
         payload.write(
             self.cluster,
             role,
@@ -181,31 +212,49 @@ class Bake:
         )
 
     def identity(self, node: Node, *, sums: str) -> list[File]:
+        from recipes import node as node_recipe
+
         if node.role != "control-plane":
             return node_recipe.identity(self.shared, node, self.secrets, sums=sums)
         image = {image.name: image.reference for image in read_images(self.record("images", node.arch))}
         return node_recipe.identity(
-            self.cluster, node, self.secrets, sums=sums, image=image, generation=self.generation
+            self.cluster.unwired, node, self.secrets, sums=sums, image=image, generation=self.generation
         )
 
     def inputs_of_node(self, node: Node) -> str:
         """A control plane knows every machine (tokens, addresses, labels); any other machine what all may know."""
-        everything = (self.cluster, self._token_ids(), self._operators_files(), self.generation)
-        known: object = everything if node.role == "control-plane" else (self.shared, self.cluster.users)
+        known = self._known_to_all if node.role != "control-plane" else self._known_to_control_planes
         token = self.secrets.tokens.get(node.name)
         minted = (self.secrets.cluster_id, self.secrets.install_by, token.id if token else None)
-        return digest(self.code, known, node, self.mtime, minted)
+        return digest(self.code, known, node, self.mtime, minted, self._passwords() if node.runs_kubelet else ())
+
+    @cached_property
+    def _known_to_all(self) -> str:
+        return digest(self.shared, self.cluster.users)
+
+    @cached_property
+    def _known_to_control_planes(self) -> str:
+        everything = (self.cluster.unwired, self._token_ids(), self._operators_files(), self.generation)
+        return digest(self._known_to_all, everything)
 
     def make_node(self, node: Node) -> None:
+        from recipes import node as node_recipe
+        from recipes import payload, seed
+        from recipes.kit import manifest
+
         tarball = self.payload(node.role, node.arch)
         contents = self.identity(node, sums=payload.read_sums(tarball))
-        packed = node_recipe.write(node, contents, self.tarball(node), mtime=self.mtime, payload_tarball=tarball)
-        seed.write(self.cluster, node, self.tarball(node), self.seed(node), mtime=self.mtime, digest=packed.sha256)
+        node_recipe.write(node, contents, self.tarball(node), mtime=self.mtime, payload_tarball=tarball)
+        sums = manifest.digest_of_sums(contents, "node")
+        seed.write(self.cluster, node, self.tarball(node), self.seed(node), mtime=self.mtime, sums=sums)
 
     def inputs_of_desk(self) -> str:
         return digest(self.code, self.cluster, self.secrets.cluster_id)
 
     def make_desk(self) -> None:
+        from recipes import certificates
+        from recipes import node as node_recipe
+
         write_atomically(self.admin_conf, certificates.admin_conf(self.cluster, self.secrets), mode=0o600)
         if self.cluster.bake_ssh_host_keys:
             write_atomically(self.known_hosts, node_recipe.known_hosts(self.cluster, self.secrets))
@@ -215,6 +264,8 @@ class Bake:
         write_atomically(self.schema, text.encode() + b"\n")
 
     def make_volume(self) -> None:
+        from recipes import seed
+
         tarballs = {f"{role}-{arch}": self.payload(role, arch) for role, arch in self.cluster.payloads}
         seed.write_payloads(tarballs, self.volume, mtime=self.mtime)
 
@@ -246,6 +297,15 @@ def write_record(path: Path, things: Sequence[Fetched | Image]) -> None:
     write_atomically(path, text.encode() + b"\n")
 
 
+def still_there(path: Path) -> bool:
+    """Whether the files that a record names are where they were; whoever uses them checks their bytes."""
+    try:
+        entries = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return all(Path(entry.get("archive", entry)["path"]).exists() for entry in entries)
+
+
 def read_fetched(path: Path) -> list[Fetched]:
     return [_fetched(entry) for entry in json.loads(path.read_text())]
 
@@ -269,10 +329,10 @@ def digest(*inputs: object) -> str:
     return total.hexdigest()
 
 
-def digest_of_files(paths: Iterable[Path]) -> str:
-    """SHA-256 (hex) over names, execute bits and contents."""
+def digest_of_files(paths: Iterable[Path], root: Path) -> str:
+    """SHA-256 (hex) over names below root, execute bits and contents."""
     total = hashlib.sha256()
     for path in sorted(paths):
-        total.update(f"{path}\0{os.access(path, os.X_OK)}\0".encode())
+        total.update(f"{path.relative_to(root)}\0{os.access(path, os.X_OK)}\0".encode())
         total.update(hashlib.sha256(path.read_bytes()).digest())
     return total.hexdigest()

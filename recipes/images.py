@@ -93,13 +93,12 @@ def _pause(component: Component, arch: Arch, desk: Desk, debian_mirror: str | No
 
 
 def _coredns(arch: Arch, desk: Desk, program: Fetched) -> Image:
-    """The program alone, as nobody in particular. It binds port 53 by its pod's sysctl, not by a file capability."""
+    """The program alone, as nobody in particular. It has no file capability: its pod listens above 1024."""
     version = program.origin.version
     config = {
         "User": "65532:65532",
         "Entrypoint": ["/coredns"],
         "WorkingDir": "/",
-        "ExposedPorts": {"53/tcp": {}, "53/udp": {}},
     }
     members = [
         _Member("coredns", 0o755, source=program.path),

@@ -400,8 +400,7 @@ def _coredns_pod(image: str, selector: Mapping[str, str]) -> Object:
                 "securityContext": {
                     "allowPrivilegeEscalation": False,
                     "readOnlyRootFilesystem": True,
-                    # Upstream's file asks for this capability on exec and is not started without it.
-                    "capabilities": {"add": ["NET_BIND_SERVICE"], "drop": ["ALL"]},
+                    "capabilities": {"drop": ["ALL"]},
                 },
                 "volumeMounts": [{"name": "config", "mountPath": "/etc/coredns", "readOnly": True}],
             }

@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from recipes import images as container_images
 from recipes.kit import archive, manifest, overlay
 from recipes.kit.archive import Entry, Packed
 from recipes.kit.errors import BakeError
-from recipes.kit.model import Arch, Cluster, Fetched, File, Image, Network, Node, Role
+from recipes.kit.model import Arch, Cluster, Fetched, File, Image, Role
 from recipes.kit.progress import Progress
 
 BAKED = "/opt/nodebake"
@@ -36,26 +35,6 @@ class Written:
     packed: Packed
     record: Path
     sums: str
-
-
-def shared(cluster: Cluster) -> Cluster:
-    """The cluster as payloads and workers may know it: no worker, and of the others what configuration needs.
-
-    Payloads are rendered from this alone, so they cannot name a worker; what is not in it changes no payload.
-    """
-    nodes = tuple(
-        Node(
-            name=node.name,
-            role=node.role,
-            arch=node.arch,
-            network=Network(links=(), addresses=node.network.addresses),
-            runs_etcd=node.runs_etcd,
-        )
-        for node in cluster.nodes
-        if node.role != "worker"
-    )
-    unseen: dict[str, Any] = {"file": Path(cluster.file.name), "users": (), "images": (), "extra_objects": ()}
-    return replace(cluster, nodes=nodes, **unseen, storage_classes=(), warnings=())
 
 
 def programs(cluster: Cluster, role: Role) -> tuple[str, ...]:

@@ -130,9 +130,11 @@ def _until(bake: Bake) -> list[str]:
 
 
 def _next(bake: Bake) -> list[str]:
+    thin = any(node.media == "thin" for node in bake.cluster.nodes)
     return [
         "Next:",
         f"  1. Give each machine its own ISO of {bake.folder / 'seeds'} (virtual media, USB stick, CD).",
+        *([f"     Those with thin media need {bake.volume} besides, the same for all."] if thin else []),
         "  2. Switch them on, in any order.",
         f"  3. kubectl --kubeconfig {bake.folder / 'admin.conf'} get nodes",
         f"Keep {bake.where} safe: it holds the cluster's keys.",

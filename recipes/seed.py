@@ -6,15 +6,16 @@ keeps copies of it that anybody on the machine may read.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from io import BytesIO
+from io import BytesIO, FileIO
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 import pycdlib
 import pycdlib.dates
@@ -110,7 +111,7 @@ def user_data(cluster: Cluster, node: Node) -> bytes:
 
 
 def meta_data(node: Node, digest: str) -> bytes:
-    """digest: SHA-256 (hex) of the artifact, so that cloud-init takes a new artifact for a new instance."""
+    """digest: SHA-256 (hex) over the artifact, so that cloud-init takes a new artifact for a new instance."""
     return _dump({"instance-id": f"{node.name}-{digest[:16]}", "local-hostname": node.name})
 
 
@@ -140,15 +141,17 @@ def network_config(cluster: Cluster, node: Node) -> bytes:
     return _dump(config)
 
 
-def write(cluster: Cluster, node: Node, tarball: Path, target: Path, *, mtime: int, digest: str) -> Seed:
-    """Writes the ISO (0600: the tarball in it is secret). digest: the tarball's SHA-256 (hex); mtime: since the epoch.
+def write(cluster: Cluster, node: Node, tarball: Path, target: Path, *, mtime: int, sums: str) -> Seed:
+    """Writes the ISO (0600: the tarball in it is secret). sums: SHA-256 (hex) of the node's SHA256SUMS, which stands
+    for everything in the tarball; mtime: since the epoch.
 
     Nothing large is in memory, and files over 4 GiB are allowed.
     """
+    user, network = user_data(cluster, node), network_config(cluster, node)
     contents: dict[str, bytes | Path] = {
-        "user-data": user_data(cluster, node),
-        "meta-data": meta_data(node, digest),
-        "network-config": network_config(cluster, node),
+        "user-data": user,
+        "meta-data": meta_data(node, hashlib.sha256(sums.encode() + user + network).hexdigest()),
+        "network-config": network,
         "first-boot": (overlay.OVERLAYS / "common" / FIRST_BOOT).read_bytes(),
         "node.tar.gz": tarball,
     }
@@ -168,7 +171,7 @@ def write_iso(contents: Mapping[str, bytes | Path], target: Path, *, label: str,
         iso.new(interchange_level=3, joliet=3, rock_ridge="1.09", vol_ident=label, app_ident_str="NODEBAKE")
         for number, (name, content) in enumerate(sorted(contents.items())):
             size = len(content) if isinstance(content, bytes) else content.stat().st_size
-            stream = opened.enter_context(BytesIO(content) if isinstance(content, bytes) else content.open("rb"))
+            stream = opened.enter_context(BytesIO(content) if isinstance(content, bytes) else _Direct(content, out))
             mode = 0o100555 if name == "first-boot" else 0o100444
             iso.add_fp(
                 cast(BinaryIO, stream),
@@ -178,11 +181,26 @@ def write_iso(contents: Mapping[str, bytes | Path], target: Path, *, label: str,
                 joliet_path=f"/{name}",
                 file_mode=mode,
             )
-        iso.write_fp(cast(BinaryIO, out), blocksize=archive.CHUNK)
+        iso.write_fp(cast(BinaryIO, out), blocksize=1 << 40)  # a file's extent is asked for in one piece
         iso.close()
         out.seek(0, 2)
         size = out.tell()
     return Seed(target, size)
+
+
+class _Direct(FileIO):
+    """A file that pycdlib need not carry: what it asks for goes to where it stands in `out`, inside the kernel.
+
+    pycdlib takes an answer that is short for the end of the file's extent, pads it and goes on.
+    """
+
+    def __init__(self, path: Path, out: IO[bytes]) -> None:
+        super().__init__(path, "rb")
+        self._out = out
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        archive.copy_range(self, self._out, size or 0)
+        return b""
 
 
 _clock = threading.Lock()

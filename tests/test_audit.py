@@ -12,7 +12,7 @@ import pytest
 from recipes import audit
 from recipes import node as nodes
 from recipes.kit.errors import BakeErrors
-from recipes.kit.model import Cluster, File, Node, Registry
+from recipes.kit.model import Cluster, File, LocalVolume, Node, Registry
 from tests import artifacts, samples
 
 UNIT = "/etc/systemd/system/tried.service"
@@ -52,6 +52,14 @@ def test_what_is_baked_is_closed(make: Callable[[], Cluster], parts: artifacts.P
         node = cluster.with_role(role)[0]
         images = parts.images if node.runs_kubelet else []
         audit.prove(whole(cluster, node, parts, tmp_path), cluster, node, images)
+
+
+def test_the_folder_of_a_local_volume_is_no_hole(parts: artifacts.Parts, tmp_path: Path) -> None:
+    cluster = samples.ha()
+    volume = LocalVolume(name="data", path="/srv/data", size="1Gi", storage_class="local")
+    node = replace(cluster.workers[0], volumes=(volume,))
+    cluster = replace(cluster, nodes=(*cluster.control_planes, node))
+    audit.prove(whole(cluster, node, parts, tmp_path), cluster, node, parts.images)
 
 
 def test_the_proof_is_quick(plane: list[File]) -> None:

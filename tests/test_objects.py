@@ -102,6 +102,7 @@ def test_coredns() -> None:
     pod = ha["Deployment", "coredns"]["spec"]["template"]["spec"]
     assert ha["Deployment", "coredns"]["spec"]["replicas"] == 2
     assert pod["containers"][0]["image"] == IMAGES["coredns"]
+    assert pod["containers"][0]["securityContext"]["capabilities"] == {"drop": ["ALL"]}, "it listens above 1024"
     assert ha["Service", "kube-dns"]["spec"]["clusterIP"] == "10.96.0.10"
     assert ("PodDisruptionBudget", "coredns") in ha
     alone = named(samples.single())

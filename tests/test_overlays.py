@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import ssl
@@ -124,6 +125,43 @@ def test_units_never_give_up(cluster: Cluster, node: Node) -> None:
         assert name not in after, f"{name} names itself, systemd would drop it"
         if values(unit, "Type") == ["notify"] and name != "api-balancer.service":
             assert values(unit, "TimeoutStartSec") == ["infinity"], name
+
+
+@pytest.mark.parametrize("name", ["kube-proxy.service", "flanneld.service"])
+def test_what_needs_the_nodes_certificate_waits_for_it(name: str, tmp_path: Path) -> None:
+    """Quietly, for as long as it takes: the machines may be switched on hours apart."""
+    unit = units(samples.ha(), samples.ha().workers[0])[name]
+    assert values(unit, "TimeoutStartSec") == ["infinity"]
+    [command] = values(unit, "ExecStartPre")
+    certificate = tmp_path / "current.pem"
+    argv = shlex.split(command.replace("/var/lib/kubelet/pki/kubelet-client-current.pem", str(certificate)))
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as waiting:
+        try:
+            with pytest.raises(subprocess.TimeoutExpired):
+                waiting.wait(0.5)
+            certificate.write_text("here")
+            assert waiting.wait(10) == 0
+            assert waiting.stdout is not None
+            assert waiting.stdout.read() == b""
+        finally:
+            waiting.kill()
+
+
+def test_the_api_server_may_keep_the_owner_of_a_rotated_audit_log() -> None:
+    """lumberjack, which rotates it, gives the new file the old one's owner; a refusal would lose the event."""
+    unit = units(samples.ha(), samples.ha().control_planes[0])["kube-apiserver.service"]
+    filters = values(unit, "SystemCallFilter")
+    assert filters.index("@chown") > filters.index("~@privileged @resources"), "a later line wins"
+    assert values(unit, "CapabilityBoundingSet") == [""]
+
+
+def test_folders_of_local_volumes_are_made() -> None:
+    volume = LocalVolume(name="data", path="/srv/data", size="1Gi", storage_class="local")
+    cluster = samples.ha()
+    with_one, without = replace(cluster.workers[0], volumes=(volume,)), cluster.workers[1]
+    path = "/etc/tmpfiles.d/nodebake-volumes.conf"
+    assert "d /srv/data 0755 root root -" in texts(cluster, with_one)[path].splitlines()
+    assert path not in texts(cluster, without)
 
 
 @every_machine

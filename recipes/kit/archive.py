@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import IO, Self
 
@@ -59,11 +59,10 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A tarball as written: its size in bytes, its SHA-256 (hex), what is in it (of a node tarball: the tail)."""
+    """A tarball as written: its size in bytes, and what is in it (of a node tarball: the tail)."""
 
     path: Path
     size: int
-    sha256: str
     entries: tuple[Entry, ...]
 
 
@@ -90,15 +89,14 @@ def write_payload(
     advance is called with the bytes of tar done. BakeError: a source that is gone or is not what it was, a path twice.
     """
     ordered = _checked(files)
-    with replacing(target, mode=0o644) as out, _Member(out, hashlib.sha256(), mtime, own, advance) as writer:
+    with replacing(target, mode=0o644) as out, _Member(out, mtime, own, advance) as writer:
         entries = [writer.add(file) for file in ordered]
         more = _checked([*ordered, *last(entries)], keep=ordered)
         entries += [writer.add(file) for file in more]
         writer.close()
         out.write(END_MEMBER)
-        writer.digest.update(END_MEMBER)
         size = out.tell()
-    return Packed(target, size, writer.digest.hexdigest(), tuple(entries))
+    return Packed(target, size, tuple(entries))
 
 
 def write_node(
@@ -111,21 +109,19 @@ def write_node(
 ) -> Packed:
     """Writes a node tarball: the payload's head, if there is one, and a member with `files`; 0600, for it is secret.
 
-    The head is hashed once in a run, however many tarballs begin with it. BakeError as in write_payload().
+    BakeError as in write_payload().
     """
     ordered = _checked(files)
     with replacing(target) as out:
-        digest = hashlib.sha256()
         if payload is not None:
-            length = _head_length(payload)
-            digest = _digest_of_head(payload, length, payload.stat().st_mtime_ns).copy()
-            _copy(payload, out, length)
-        with _Member(out, digest, mtime, own) as writer:
+            with payload.open("rb") as head:
+                copy_range(head, out, _head_length(payload))
+        with _Member(out, mtime, own) as writer:
             entries = [writer.add(file) for file in ordered]
             writer.put(_END)
             writer.close()
         size = out.tell()
-    return Packed(target, size, digest.hexdigest(), tuple(entries))
+    return Packed(target, size, tuple(entries))
 
 
 class _Member:
@@ -138,12 +134,10 @@ class _Member:
     def __init__(
         self,
         out: IO[bytes],
-        digest: hashlib._Hash,
         mtime: int,
         own: Sequence[str],
         advance: Advance = lambda _: None,
     ) -> None:
-        self.digest = digest
         self._out = out
         self._mtime = mtime
         self._own = tuple(f"{folder.rstrip('/')}/" for folder in own)
@@ -155,7 +149,7 @@ class _Member:
         self._block = bytearray()
         self._crc = 0
         self._size = 0
-        self._write(_HEADER)
+        self._out.write(_HEADER)
 
     def __enter__(self) -> Self:
         return self
@@ -191,22 +185,18 @@ class _Member:
             del self._block[:BLOCK]
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self._cores)
-            self._waiting.append(self._pool.submit(_compress, whole))
+            self._waiting.append(self._pool.submit(compress, whole))
             if len(self._waiting) > self._cores + 1:
-                self._write(self._waiting.popleft().result())
+                self._out.write(self._waiting.popleft().result())
             self._advance(self._size)
 
     def close(self) -> None:
         while self._waiting:
-            self._write(self._waiting.popleft().result())
+            self._out.write(self._waiting.popleft().result())
         if self._block:
-            self._write(_compress(bytes(self._block)))
-        self._write(_LAST_BLOCK + struct.pack("<II", self._crc, self._size & 0xFFFFFFFF))
+            self._out.write(compress(bytes(self._block)))
+        self._out.write(_LAST_BLOCK + struct.pack("<II", self._crc, self._size & 0xFFFFFFFF))
         self._advance(self._size)
-
-    def _write(self, data: bytes) -> None:
-        self.digest.update(data)
-        self._out.write(data)
 
     def _new_folders(self, path: str) -> Iterator[str]:
         for folder in reversed(PurePosixPath(path).parents):
@@ -246,7 +236,7 @@ class _Member:
         return Entry(file.path, size, found, file.mode, file.owner, None, file.origin)
 
 
-def _compress(block: bytes) -> bytes:
+def compress(block: bytes) -> bytes:
     made = isal_zlib.compressobj(LEVEL, isal_zlib.DEFLATED, -15)
     return made.compress(block) + made.flush(isal_zlib.Z_SYNC_FLUSH)
 
@@ -330,32 +320,26 @@ def _head_length(payload: Path) -> int:
     return length
 
 
-@lru_cache(maxsize=32)
-def _digest_of_head(payload: Path, length: int, _changed_at: int) -> hashlib._Hash:
-    digest = hashlib.sha256()
-    with payload.open("rb") as file:
-        left = length
-        while data := file.read(min(CHUNK, left)):
-            digest.update(data)
-            left -= len(data)
-    return digest
+def copy_range(source: IO[bytes] | FileIO, out: IO[bytes], length: int) -> None:
+    """Copies length bytes from where source stands to where out stands, and moves both behind them.
 
-
-def _copy(source: Path, out: IO[bytes], length: int) -> None:
-    """Copies the first length bytes: inside the kernel (shared, where the file system can) or through this process."""
+    Inside the kernel (shared, where the file system can) or through this process. BakeError: source is shorter.
+    """
     out.flush()
-    with source.open("rb") as file:
-        done = 0
-        while done < length:
-            try:
-                copied = os.copy_file_range(file.fileno(), out.fileno(), min(length - done, 1 << 30), done)
-            except (OSError, AttributeError):
-                break
-            if not copied:
-                break
-            done += copied
-        file.seek(done)
-        while done < length and (data := file.read(min(CHUNK, length - done))):
-            os.write(out.fileno(), data)
-            done += len(data)
-    out.seek(done)
+    start, to, done = source.tell(), out.tell(), 0
+    while done < length:
+        try:
+            copied = os.copy_file_range(
+                source.fileno(), out.fileno(), min(length - done, 1 << 30), start + done, to + done
+            )
+        except (OSError, AttributeError):
+            break
+        if not copied:
+            break
+        done += copied
+    while done < length and (data := os.pread(source.fileno(), min(CHUNK, length - done), start + done)):
+        done += os.pwrite(out.fileno(), data, to + done)
+    if done < length:
+        raise BakeError("a file became shorter while it was copied", where=source.name, remedy="run doit once more")
+    source.seek(start + done)
+    out.seek(to + done)

@@ -15,17 +15,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
-
-import requests
-import urllib3.exceptions
-from requests.auth import AuthBase
 
 from recipes.kit.choices import Choices
 from recipes.kit.errors import BakeError
 from recipes.kit.locks import locked
 from recipes.kit.model import Source
 from recipes.kit.progress import Progress
+
+if TYPE_CHECKING:  # imported where it is used: a bake that fetches nothing does not wait for it
+    import requests
 
 CHUNK = 1 << 20  # bytes; hashing speed does not grow beyond
 NETWORK_CHUNK = 1 << 18  # bytes; at most this much is lost when a connection breaks off
@@ -229,6 +229,8 @@ def stand_in(url: str, mirror: str | None) -> str | Path:
 
 def open_session() -> requests.Session:
     """A session that honours the usual variables: HTTPS_PROXY, NO_PROXY, REQUESTS_CA_BUNDLE, SSL_CERT_FILE, ..."""
+    import requests
+
     session = requests.Session()
     for variable in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR"):
         if bundle := os.environ.get(variable):
@@ -241,6 +243,9 @@ def open_session() -> requests.Session:
 
 def explain(trouble: Exception, url: str) -> BakeError | None:
     """The error for people if trouble means that asking again is useless; None if it may pass."""
+    import requests
+    import urllib3.exceptions
+
     host = urlsplit(url).netloc
     reason = getattr(trouble.args[0], "reason", None) if trouble.args else None
     if isinstance(trouble, requests.exceptions.ProxyError):
@@ -276,7 +281,7 @@ class _Again(Exception):
         self.wait = wait
 
 
-class _Headers(AuthBase):
+class _Headers:
     """Sets headers as authentication, so that a netrc entry does not replace them; redirects elsewhere drop them."""
 
     def __init__(self, headers: Mapping[str, str]) -> None:
@@ -401,6 +406,9 @@ class _Download:
 
     def _receive(self, response: requests.Response, digest: hashlib._Hash, offset: int) -> None:
         """Append the body to the partial file, from offset."""
+        import requests
+        import urllib3.exceptions
+
         length = response.headers.get("Content-Length", "")
         total = offset + int(length) if length.isdigit() else None
         with (
@@ -443,6 +451,9 @@ class _Download:
 
 
 def _in_words(trouble: Exception) -> str:
+    import requests
+    import urllib3.exceptions
+
     if isinstance(trouble, (urllib3.exceptions.ReadTimeoutError, requests.exceptions.ReadTimeout)):
         return "the connection stalled"
     return "the connection broke off"

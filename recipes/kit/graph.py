@@ -7,29 +7,32 @@ MD5 is computed per task), and failures that a person can mend are told without 
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 import signal
 import sqlite3
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from doit import get_var
+from doit import doit_cmd, get_var
 from doit.cmd_base import DodoTaskLoader, DoitCmdBase
+from doit.cmd_clean import Clean as DoitClean
 from doit.cmd_run import Run as DoitRun
 from doit.dependency import FileChangedChecker, SqliteDB
 from doit.exceptions import InvalidCommand, TaskFailed
 from doit.reporter import ConsoleReporter
 
-from recipes.kit.errors import BakeError
+from recipes.kit.errors import BakeError, BakeErrors
 from recipes.kit.locks import locked
 
 BUILD = Path("build")
-STATE = BUILD / ".doit.db"
+COMMANDS = ("clean", "help", "info", "list")  # doit's others are for mending doit itself
 
 
 def argument(name: str, *, one_of: Sequence[str] = ()) -> str | None:
@@ -37,7 +40,28 @@ def argument(name: str, *, one_of: Sequence[str] = ()) -> str | None:
     value: str | None = get_var(name)
     if value is not None and one_of and value not in one_of:
         raise BakeError(f"{name}={value} is unknown", remedy=f"say {name}= with one of: {', '.join(one_of)}")
+    if value == "":
+        raise BakeError(f"{name}= says nothing", remedy=f"give it a value, or leave {name}= out")
     return value
+
+
+def only_arguments(*known: str) -> None:
+    """Raises BakeErrors for every name=value on doit's command line whose name is not known: a slip of the finger
+    must not bake something else."""
+    given: dict[str, str] = doit_cmd._CMDLINE_VARS or {}
+    remedy = f"There are {', '.join(f'{name}=' for name in known)}."
+    errors = [
+        BakeError(f"there is no argument {name}=", remedy=f"{_meant(name, known, '=')}{remedy}")
+        for name in given
+        if name not in known
+    ]
+    if errors:
+        raise BakeErrors(errors)
+
+
+def _meant(name: str, known: Iterable[str], ending: str = "") -> str:
+    close = [f"{other}{ending}" for other in difflib.get_close_matches(name, list(known), n=3)]
+    return f"Did you mean {' or '.join(close)}? " if close else ""
 
 
 class Loader(DodoTaskLoader):  # type: ignore[misc]
@@ -55,7 +79,10 @@ class Loader(DodoTaskLoader):  # type: ignore[misc]
         plain = all(":" in name and "*" not in name for name in names)
         Loader.named = tuple(names) if cmd.execute_tasks and names and plain else None
         with _told():
-            return super().load_tasks(cmd, pos_args)
+            tasks = super().load_tasks(cmd, pos_args)
+            if cmd.get_name() not in ("help", "info"):  # theirs are no tasks
+                _check_names(tasks, names)
+            return tasks
 
 
 def named(kind: str) -> list[str] | None:
@@ -65,12 +92,34 @@ def named(kind: str) -> list[str] | None:
     return [name.partition(":")[2] for name in Loader.named if name.partition(":")[0] == kind]
 
 
+def _check_names(tasks: Sequence[Any], names: Sequence[str]) -> None:
+    """Raises BakeErrors for names that are neither a task's nor a target's."""
+    known = {task.name for task in tasks} | {target for task in tasks for target in task.targets}
+    kinds = [task.name for task in tasks if ":" not in task.name and not task.name.startswith("_")]
+    errors = []
+    for name in names:
+        if name in known or ("*" in name and any(fnmatch(task.name, name) for task in tasks)):
+            continue
+        kind, colon, _ = name.partition(":")
+        there = [task.name for task in tasks if task.name.startswith(f"{kind}:")] if colon else []
+        listed = ", ".join(there or sorted(kinds)) + ("" if there else f"; and the commands {', '.join(COMMANDS)}")
+        remedy = f"{_meant(name, there or [*kinds, *COMMANDS])}There are {listed}."
+        errors.append(BakeError(f"there is no task {name}", remedy=remedy))
+    if errors:
+        raise BakeErrors(errors)
+
+
 @contextmanager
 def _told() -> Iterator[None]:
     try:
         yield
     except BakeError as error:
-        raise InvalidCommand(str(error)) from error
+        raise InvalidCommand(_in_words(error)) from error
+
+
+def _in_words(error: BakeError) -> str:
+    """For doit, which puts "ERROR: " before it: each of several errors begins with that."""
+    return "\nERROR: ".join(map(str, error.errors)) if isinstance(error, BakeErrors) else str(error)
 
 
 class Run(DoitRun):  # type: ignore[misc]
@@ -84,6 +133,14 @@ class Run(DoitRun):  # type: ignore[misc]
         except KeyboardInterrupt:
             print("Interrupted. Nothing half-written counts as done; the next doit continues.", file=sys.stderr)
             return 130
+
+
+class Clean(DoitClean):  # type: ignore[misc]
+    """`doit clean`: never under the hands of a bake. Store and cache are no targets, so they stay."""
+
+    def execute(self, params: Any, args: list[str]) -> Any:
+        with locked(BUILD / ".lock", waiting=_waiting):
+            return super().execute(params, args)
 
 
 def _waiting() -> None:
@@ -163,7 +220,7 @@ def action(make: Callable[..., None], *arguments: object) -> Callable[[], TaskFa
         try:
             make(*arguments)
         except BakeError as error:
-            return TaskFailed(str(error))
+            return TaskFailed(_in_words(error))
         return None
 
     return run
@@ -180,7 +237,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         self._failed = False
 
     def execute_task(self, task: Any) -> None:
-        if task.actions and task.doc and not task.name.startswith("_"):
+        if task.actions and not task.name.startswith("_"):
             self.write(f"{task.title()}\n")
             self.outstream.flush()
 
@@ -212,8 +269,6 @@ class Info(DoitCmdBase):  # type: ignore[misc]
     execute_tasks = False
 
     def _execute(self, pos_args: list[str]) -> int:
-        try:
+        with _told():
             self.loader.namespace["info"](pos_args)
-        except BakeError as error:
-            raise InvalidCommand(str(error)) from error
         return 0

@@ -10,13 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from typing import Any, Literal
 
 from recipes.kit.archive import Entry, entry_of
-from recipes.kit.model import USERS, File
+from recipes.kit.model import USERS, File, Origin
 
 FOLDER = "/opt/nodebake/manifest"
 SIGNING_KEY = f"{FOLDER}/signing.pub"
+_OURS = Origin("configuration", version("nodebake"), "baked")  # what no component brought: rendered from the overlays
 
 
 def files(
@@ -56,13 +58,8 @@ def _described(entry: Entry) -> dict[str, Any]:
         told["link"] = entry.link
     else:
         told["sha256"] = entry.sha256
-    if entry.origin is not None:
-        told |= {
-            "component": entry.origin.component,
-            "version": entry.origin.version,
-            "source": entry.origin.source,
-        }
-    return told
+    origin = entry.origin or _OURS
+    return told | {"component": origin.component, "version": origin.version, "source": origin.source}
 
 
 def _line(entry: Entry) -> str:

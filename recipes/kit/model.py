@@ -5,7 +5,7 @@ Names follow the cluster file, which follows kubeadm and k0sctl where they have 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import cached_property
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
@@ -250,6 +250,43 @@ class Cluster:
     def payloads(self) -> tuple[tuple[Role, Arch], ...]:
         """The distinct payloads of this cluster, sorted."""
         return tuple(sorted({(node.role, node.arch) for node in self.nodes}))
+
+    @cached_property
+    def shared(self) -> Cluster:
+        """The cluster as payloads and workers may know it: no worker, and of the others what configuration needs.
+
+        Payloads are rendered from this alone, so they cannot name a worker; what is not in it changes no payload.
+        """
+        nodes = tuple(
+            Node(
+                name=node.name,
+                role=node.role,
+                arch=node.arch,
+                network=Network(links=(), addresses=node.network.addresses),
+                runs_etcd=node.runs_etcd,
+            )
+            for node in self.nodes
+            if node.role != "worker"
+        )
+        return replace(
+            self,
+            nodes=nodes,
+            file=Path(self.file.name),
+            users=(),
+            images=(),
+            extra_objects=(),
+            storage_classes=(),
+            warnings=(),
+        )
+
+    @cached_property
+    def unwired(self) -> Cluster:
+        """The cluster as control planes know it: every machine as the API server will, not how it is wired or fed."""
+        nodes = tuple(
+            replace(node, network=Network(links=(), addresses=node.network.addresses), media="full", serial=None)
+            for node in self.nodes
+        )
+        return replace(self, nodes=nodes, users=(), warnings=())
 
     @property
     def api_service_address(self) -> IPv4Address:

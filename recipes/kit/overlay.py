@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from jinja2 import ChoiceLoader, Environment, FileSystemLoader, StrictUndefined, TemplateError
 
 from recipes.kit.errors import BakeError, Place
 from recipes.kit.model import USERS, Cluster, File, Node, Role
+
+if TYPE_CHECKING:  # imported where it is used: a bake that renders nothing does not wait for it
+    from jinja2 import Environment
 
 OVERLAYS = Path(__file__).resolve().parents[2] / "overlays"
 IDENTITY = "node"  # the one tree whose templates may say `node`
@@ -119,6 +120,8 @@ def _walk(tree: Path) -> list[Path]:
 
 
 def _environment(tree: Path) -> Environment:
+    from jinja2 import ChoiceLoader, Environment, FileSystemLoader, StrictUndefined
+
     environment = Environment(  # noqa: S701 - units and configuration, not HTML; every value has a filter of its own
         loader=ChoiceLoader([FileSystemLoader(tree), FileSystemLoader(tree.parent / SNIPPETS)]),
         undefined=StrictUndefined,
@@ -126,12 +129,14 @@ def _environment(tree: Path) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(env=_env, unit=_unit, shell=_shell, quoted=_quoted, taint=_taint)
+    environment.filters.update(env=_env, unit=_unit, quoted=_quoted, taint=_taint)
     environment.globals.update(USERS=USERS, CIPHERS=CIPHERS, vip_role=vip_role)
     return environment
 
 
 def _render(environment: Environment, tree: Path, name: str, context: Mapping[str, Any]) -> str:
+    from jinja2 import TemplateError
+
     try:
         return environment.get_template(name).render(**context)
     except (TemplateError, ValueError) as error:
@@ -165,10 +170,6 @@ def _unit(value: object) -> str:
         return escaped
     escaped = escaped.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
-
-
-def _shell(value: object) -> str:
-    return shlex.quote(str(value))
 
 
 def _quoted(value: object) -> str:

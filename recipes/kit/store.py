@@ -120,8 +120,10 @@ def default_directory(cluster_file: Path) -> Path:
     return cluster_file.with_name(cluster_file.name + ".secrets")
 
 
-def open(directory: Path, cluster: Cluster, *, now: datetime) -> Secrets:
+def open(directory: Path, cluster: Cluster, *, now: datetime, mint: bool = True) -> Secrets:
     """What was minted for the cluster; mints what is missing. now: an aware datetime, the time of a first minting.
+
+    With mint=False the store is left as it is, and what a machine lacks in there is missing in the mappings.
 
     Any number of processes may call it at once, and any of them may be killed at any time. Raises BakeError when the
     store is damaged, readable by others or another cluster's, and when installBy or the certificates have run out.
@@ -129,9 +131,9 @@ def open(directory: Path, cluster: Cluster, *, now: datetime) -> Secrets:
     try:
         _prepare(directory)
         with locked(directory / ".lock"):
-            if not (directory / ".gitignore").exists():
+            if mint and not (directory / ".gitignore").exists():
                 _write(directory, ".gitignore", b"*\n")
-            return _open(directory, cluster, now.astimezone(UTC).replace(microsecond=0))
+            return _open(directory, cluster, now.astimezone(UTC).replace(microsecond=0), mint)
     except OSError as error:
         raise BakeError(
             f"the secret store cannot be used: {error.strerror or error}",
@@ -155,10 +157,12 @@ def fingerprint(secrets: Secrets) -> str:
     return hashlib.sha256(pki.public_der(secrets.signing.private_pem)).hexdigest()
 
 
-def _open(directory: Path, cluster: Cluster, now: datetime) -> Secrets:
+def _open(directory: Path, cluster: Cluster, now: datetime, mint: bool) -> Secrets:
     record = _read_record(directory, cluster)
     first = record is None
     if record is None:
+        if not mint:
+            raise BakeError("nothing was minted for this cluster yet", where=directory, remedy="bake it: doit")
         record = _Record(cluster.name, str(uuid.uuid4()), now.isoformat(), cluster.key_type, {})
     install_by = _resolve_install_by(cluster, record, now)
 
@@ -167,6 +171,8 @@ def _open(directory: Path, cluster: Cluster, now: datetime) -> Secrets:
         _check_lifetimes(directory, cluster, record, now, found[f"ca/{AUTHORITIES[0].name}.crt"])
     tokens = {} if first else _read_tokens(directory)
     ssh = {} if first else _read_ssh(directory)
+    if not mint:
+        return _secrets(cluster, record, install_by, found, tokens, ssh)
 
     minted = _mint_cluster(cluster, record.time) if first else {}
     minted |= {
@@ -198,7 +204,20 @@ def _open(directory: Path, cluster: Cluster, now: datetime) -> Secrets:
         _write_json(directory, _RECORD, asdict(replace(record, files=digests)))
         _sync(directory)
     (directory / _MARK).unlink(missing_ok=True)
+    return _secrets(cluster, record, install_by, found, tokens, ssh)
 
+
+def _secrets(
+    cluster: Cluster,
+    record: _Record,
+    install_by: datetime,
+    found: Mapping[str, bytes],
+    tokens: Mapping[str, Token],
+    ssh: Mapping[str, SshHostKey],
+) -> Secrets:
+    """found: path in the store -> bytes."""
+    named = {node.name for node in cluster.nodes}
+    keys = {(owner, spec.name): _key_file(owner, spec.name) for owner, spec in leaf_owners(cluster)}
     return Secrets(
         cluster_id=record.id,
         minted=record.time,
@@ -206,13 +225,13 @@ def _open(directory: Path, cluster: Cluster, now: datetime) -> Secrets:
         authorities={
             spec.name: KeyPair(found[f"ca/{spec.name}.crt"], found[f"ca/{spec.name}.key"]) for spec in AUTHORITIES
         },
-        leaf_keys={(owner, spec.name): found[_key_file(owner, spec.name)] for owner, spec in leaf_owners(cluster)},
+        leaf_keys={key: found[name] for key, name in keys.items() if name in found},
         service_account=PlainPair(found["service-account.key"], found["service-account.pub"]),
         signing=PlainPair(found["signing.key"], found["signing.pub"]),
         encryption_key=base64.b64decode(found["encryption.key"]),
         serial_seed=base64.b64decode(found["serial.seed"]),
         tokens=tokens,
-        ssh_host_keys={node.name: ssh[node.name] for node in cluster.nodes} if cluster.bake_ssh_host_keys else {},
+        ssh_host_keys={name: key for name, key in ssh.items() if name in named} if cluster.bake_ssh_host_keys else {},
     )
 
 

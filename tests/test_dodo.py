@@ -1,0 +1,531 @@
+"""The task graph as a person meets it: every test runs doit itself, in a copy of the project."""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import hashlib
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import sqlite3
+import struct
+import subprocess
+import termios
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REMEMBERED, Project, copy_project
+
+KINDS = ("binaries", "desk", "images", "node", "packages", "payload", "schema", "volume")
+SMALL = """\
+name: small
+media: thin
+machineNetwork: {subnet: 192.168.10.0/24}
+nodes:
+  - {name: control-1, role: control-plane, address: 192.168.10.11, mac: "52:54:00:00:10:0b"}
+  - {name: worker-1, role: worker, address: 192.168.10.21, mac: "52:54:00:00:10:15"}
+  - {name: worker-2, role: worker, address: 192.168.10.22, mac: "52:54:00:00:10:16"}
+"""
+APART = """\
+name: apart
+etcd: external
+machineNetwork: {subnet: 192.168.10.0/24, interface: eth0}
+nodes:
+  - {name: etcd-1, role: etcd, address: 192.168.10.31}
+  - {name: control-1, role: control-plane, address: 192.168.10.11}
+"""
+
+
+@dataclass(frozen=True)
+class Desk:
+    """A project and one cluster in it."""
+
+    project: Project
+    name: str
+
+    @property
+    def file(self) -> Path:
+        return self.project.clusters / f"{self.name}.yaml"
+
+    @property
+    def store(self) -> Path:
+        return self.file.with_name(f"{self.file.name}.secrets")
+
+    @property
+    def build(self) -> Path:
+        return self.project.root / "build" / self.name
+
+    def doit(self, *words: str, fails: bool = False, **environment: str) -> str:
+        """What doit says; never a traceback."""
+        told = self.project.doit(*words, f"cluster={self.file}", fails=fails, **environment).stdout
+        assert "Traceback" not in told
+        return told
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        """doit in a process group of its own, as a shell would start it."""
+        return subprocess.Popen(
+            self.project.command(*words, f"cluster={self.file}"),
+            cwd=self.project.root,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def stamps(self) -> dict[str, int]:
+        """Every artifact with its time, which changes when it is written, whatever is in it."""
+        kinds = ("payloads", "nodes", "seeds")
+        found = [path for kind in kinds for path in (self.build / kind).glob("*")]
+        return {path.relative_to(self.build).as_posix(): path.stat().st_mtime_ns for path in found}
+
+    def digests(self) -> dict[str, str]:
+        return {name: sha256(self.build / name) for name in self.stamps()}
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def changed(before: dict[str, int], after: dict[str, int]) -> set[str]:
+    return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+
+
+def machine(name: str) -> set[str]:
+    return {f"nodes/{name}.tar.gz", f"seeds/{name}.iso"}
+
+
+def made(told: str) -> set[str]:
+    """The tasks that a run told of."""
+    return set(re.findall(rf"^(?:{'|'.join(KINDS)})(?::[\w-]+)?$", told, re.MULTILINE))
+
+
+@contextmanager
+def edited(path: Path, change: Callable[[str], str]) -> Iterator[None]:
+    before = path.read_text()
+    after = change(before)
+    assert after != before
+    path.write_text(after)
+    try:
+        yield
+    finally:
+        path.write_text(before)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Project:
+    if not REMEMBERED.exists():  # nothing was baked here before: the cache is filled by the sample cluster
+        request.getfixturevalue("baked")
+    project = copy_project(tmp_path_factory.mktemp("graph"))
+    for name, text in (("small", SMALL), ("apart", APART)):
+        (project.clusters / f"{name}.yaml").write_text(text)
+        project.remember(name)
+    return project
+
+
+@pytest.fixture(scope="module")
+def first(project: Project) -> tuple[set[str], set[str], str]:
+    """What `doit node:worker-2` made in a fresh project: (artifacts, tasks), and what the whole bake then said."""
+    desk = Desk(project, "small")
+    tasks = made(desk.doit("node:worker-2"))
+    return set(desk.stamps()), tasks, desk.doit()
+
+
+@pytest.fixture(scope="module")
+def small(project: Project, first: object) -> Desk:
+    """One control plane with etcd, two workers, thin media: wholly baked."""
+    return Desk(project, "small")
+
+
+@pytest.fixture
+def editing(small: Desk) -> Iterator[Desk]:
+    """The same for a test that changes what it is baked from: afterwards it is as before."""
+    yield small
+    small.file.write_text(SMALL)
+    small.doit()
+
+
+@pytest.fixture(scope="module")
+def apart(project: Project) -> Desk:
+    """The machine etcd-1 with full media: what is packed fastest."""
+    desk = Desk(project, "apart")
+    desk.doit("node:etcd-1")
+    return desk
+
+
+# ---- what there is to ask for ---------------------------------------------------------------------------------------
+
+
+def test_list_has_a_line_for_each_kind_and_mints_nothing(tmp_path: Path) -> None:
+    project = copy_project(tmp_path / "fresh")
+    lines = project.doit("list").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == list(KINDS)
+    assert all(len(line.split()) > 3 for line in lines), "each says what it does"
+    assert not list(project.clusters.glob("*.secrets"))
+
+
+def test_one_machine_needs_no_other(first: tuple[set[str], set[str], str]) -> None:
+    artifacts, tasks, then = first
+    assert artifacts == machine("worker-2") | {"payloads/worker-amd64.tar.gz", "payloads/worker-amd64.json"}
+    expected = {"binaries:amd64", "images:amd64", "packages:worker-amd64", "payload:worker-amd64", "node:worker-2"}
+    assert tasks == expected
+    assert made(then) == {
+        *("packages:control-plane-amd64", "payload:control-plane-amd64", "node:control-1", "node:worker-1"),
+        *("volume:payloads", "desk", "schema"),
+    }
+
+
+def test_a_second_run_makes_nothing(small: Desk) -> None:
+    before = small.stamps()
+    told = small.doit()
+    assert made(told) == set()
+    assert small.stamps() == before
+
+
+def test_the_end_tells_machines_sizes_sources_and_what_to_do(first: tuple[set[str], set[str], str]) -> None:
+    told = first[2]
+    for name in ("control-1", "worker-1", "worker-2"):
+        row = next(line for line in told.splitlines() if line.startswith(f"{name} "))
+        assert re.fullmatch(
+            rf"{name} +(control-plane|worker) +192\.168\.10\.\d+ +thin +[\d.]+ kB +[\d.]+ kB +20\d\d-\d\d-\d\d", row
+        )
+    assert re.search(r"^Sources: .*\d+ packages from debian", told, re.MULTILINE)
+    assert re.search(r"^Install by 20\d\d-\d\d-\d\d", told, re.MULTILINE)
+    for step in ("Next:", "seeds", "payloads.iso", "admin.conf get nodes", "small.yaml.secrets"):
+        assert step in told
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("node:worker-9",), ["no node worker-9", "worker-1 to worker-2", "control-1"]),
+        (("nodes",), ["no task nodes", "Did you mean node", "payload", "info"]),
+        (("payload:wroker-amd64",), ["no task payload:wroker-amd64", "Did you mean payload:worker-amd64"]),
+        (("clean", "nodes"), ["no task nodes", "Did you mean node"]),
+        (
+            ("clutser=other.yaml", "mirrror=x"),
+            ["no argument clutser=", "Did you mean cluster=", "no argument mirrror="],
+        ),
+        (("list", "clutser=other.yaml"), ["no argument clutser=", "Did you mean cluster="]),
+        (("source=relaese",), ["source=relaese", "release, modules"]),
+        (("secrets=",), ["secrets= says nothing"]),
+        (("info", "worker-9"), ["no node worker-9", "worker-1 to worker-2"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_is_unknown_is_told_with_what_there_is(small: Desk, words: tuple[str, ...], says: list[str]) -> None:
+    told = small.doit(*words, fails=True)
+    assert told.startswith("ERROR: ")
+    for part in says:
+        assert part in told
+    assert made(told) == set()
+
+
+def test_every_mistake_in_the_cluster_file_is_told_in_one_voice(project: Project) -> None:
+    wrong = Desk(project, "wrong")
+    wrong.file.write_text(SMALL.replace("small", "Wrong_Name").replace(".22,", ".21,").replace("00:10:15", "00:10:0b"))
+    told = wrong.doit(fails=True)
+    starts = [line for line in told.splitlines() if not line.startswith(" ")]
+    assert len(starts) == 3, told
+    assert all(re.match(r"ERROR: \S+wrong\.yaml:\d+:\d+: ", line) for line in starts)
+    assert not wrong.store.exists() and not wrong.build.exists()
+    wrong.file.unlink()
+    assert wrong.doit(fails=True).startswith("ERROR: ")
+
+
+def test_a_task_that_fails_speaks_in_the_same_voice(small: Desk) -> None:
+    key = small.store / "signing.key"
+    good = key.read_bytes()
+    key.write_bytes(good[:-10])
+    try:
+        told = small.doit(fails=True)
+    finally:
+        key.write_bytes(good)
+    starts = [line for line in told.splitlines() if line.startswith("ERROR")]
+    assert len(starts) == 1 and re.match(r"ERROR: \S+signing\.key: .*damaged", starts[0])
+
+
+# ---- looking and cleaning -------------------------------------------------------------------------------------------
+
+
+def test_info_tells_of_cluster_and_machine_and_mints_nothing(tmp_path: Path, small: Desk) -> None:
+    fresh = copy_project(tmp_path / "fresh")
+    assert "Nothing is baked yet: run doit" in fresh.doit("info").stdout
+    assert "not baked yet: run doit node:worker-3" in fresh.doit("info", "worker-3").stdout
+    assert not list(fresh.clusters.glob("*.secrets"))
+
+    told = small.doit("info")
+    for part in ("1 control-plane, 2 worker", "kubernetes", "v1.37.1", "kubernetes-ca", "Install by"):
+        assert part in told
+    told = small.doit("info", "worker-2")
+    for part in ("192.168.10.22", "52:54:00:00:10:16", "kubernetes", "containerd", "nodes/worker-2.tar.gz"):
+        assert part in told
+    assert "kube-apiserver" not in told
+
+    before = {path: path.stat().st_mtime_ns for path in small.store.rglob("*")}
+    with edited(small.file, lambda text: text + "  - {name: control-2, role: worker, address: 192.168.10.12}\n"):
+        small.doit("info", "worker-1", fails=True)  # it lacks a MAC address
+    with edited(small.file, lambda text: text + LATER):
+        assert "3 worker" in small.doit("info")
+        assert "not baked yet" in small.doit("info", "worker-3")
+    assert {path: path.stat().st_mtime_ns for path in small.store.rglob("*")} == before
+
+
+LATER = '  - {name: worker-3, role: worker, address: 192.168.10.23, mac: "52:54:00:00:10:17"}\n'
+
+
+def can_be_alone() -> bool:
+    return shutil.which("unshare") is not None and subprocess.run(["unshare", "-rn", "true"]).returncode == 0
+
+
+def test_clean_leaves_store_and_cache_and_a_bake_without_network_gives_the_same_bytes(small: Desk) -> None:
+    before, store = small.digests(), {path: path.stat().st_mtime_ns for path in small.store.rglob("*")}
+    cache = {path.name for path in (small.project.root / "build/downloads/sha256").iterdir()}
+    small.doit("clean")
+    assert small.stamps() == {}
+    assert not (small.build / "admin.conf").exists()
+    assert {path: path.stat().st_mtime_ns for path in small.store.rglob("*")} == store
+    assert {path.name for path in (small.project.root / "build/downloads/sha256").iterdir()} >= cache
+    alone = ["unshare", "-rn"] if can_be_alone() else []
+    command = [*alone, *small.project.command(f"cluster={small.file}")]
+    done = subprocess.run(command, cwd=small.project.root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert small.digests() == before
+    if not alone:
+        pytest.skip("this desk does not let a process have a network of its own: the network was there")
+
+
+def test_what_the_sources_were_is_remembered_with_the_cluster(small: Desk) -> None:
+    """A new bake with other sources in reach takes the same bytes."""
+    remembered = small.store / "choices.json"
+    components = json.loads(remembered.read_text())["components"]
+    assert components["kubernetes/amd64"]["source"] in ("release", "modules")
+    assert remembered.stat().st_mode & 0o777 == 0o600
+    record = small.build / "binaries/amd64.json"
+    before = record.read_bytes()
+    record.unlink()
+    assert made(small.doit("binaries", "mirror=/nonexistent")) == {"binaries:amd64"}
+    assert record.read_bytes() == before
+    assert json.loads(remembered.read_text())["components"] == components
+
+
+def test_cluster_and_store_may_lie_elsewhere(project: Project, tmp_path: Path) -> None:
+    file, store = tmp_path / "mine" / "other.yaml", tmp_path / "keys"
+    file.parent.mkdir()
+    file.write_text(SMALL.replace("name: small", "name: other"))
+    told = project.doit("desk", f"cluster={file}", f"secrets={store}").stdout
+    assert made(told) == {"desk"}
+    assert (store / "cluster.json").exists() and store.stat().st_mode & 0o777 == 0o700
+    assert [path.name for path in file.parent.iterdir()] == ["other.yaml"]
+    assert (project.root / "build/other/admin.conf").exists()
+
+
+def test_no_secret_is_in_the_state_or_in_what_was_said(small: Desk, first: tuple[set[str], set[str], str]) -> None:
+    tokens = json.loads((small.store / "tokens.json").read_text())["content"]
+    secrets = [bearer.partition(".")[2] for bearer in tokens.values()]
+    for name in ("encryption.key", "serial.seed"):
+        text = (small.store / name).read_text().strip()
+        secrets += [text, base64.b64decode(text).hex()]
+    for key in small.store.rglob("*.key"):
+        secrets += [line for line in key.read_text().splitlines() if len(line) > 40]
+        secrets.append(sha256(key))
+    assert len(secrets) > 15
+    states = list(small.build.glob(".state.db*"))
+    assert states
+    for held in [*(path.read_bytes() for path in states), first[2].encode()]:
+        assert not [secret for secret in secrets if secret.encode() in held]
+    rows = sqlite3.connect(small.build / ".state.db").execute("select count(*) from doit").fetchone()
+    assert rows[0] > 8
+
+
+# ---- what an edit rebuilds ------------------------------------------------------------------------------------------
+
+
+def test_another_mac_address_rebuilds_that_machine_alone(editing: Desk) -> None:
+    before = editing.stamps()
+    editing.file.write_text(SMALL.replace("00:10:15", "00:10:99"))
+    assert made(editing.doit()) >= {"node:worker-1"}
+    assert changed(before, editing.stamps()) == machine("worker-1")
+
+
+def test_another_address_of_a_worker_rebuilds_it_and_who_knows_it(editing: Desk) -> None:
+    before = editing.stamps()
+    editing.file.write_text(SMALL.replace("192.168.10.21", "192.168.10.29"))
+    editing.doit()
+    assert changed(before, editing.stamps()) == machine("worker-1") | machine("control-1")
+
+
+def test_one_worker_more_changes_no_other_and_no_payload(editing: Desk) -> None:
+    before = editing.stamps()
+    editing.file.write_text(SMALL + LATER)
+    editing.doit()
+    assert changed(before, editing.stamps()) == machine("worker-3") | machine("control-1")
+    for name in machine("worker-3"):
+        (editing.build / name).unlink()
+
+
+def test_another_etcd_unit_rebuilds_control_planes_only(editing: Desk) -> None:
+    before = editing.stamps()
+    unit = editing.project.root / "overlays/etcd/etc/systemd/system/etcd.service.j2"
+    with edited(unit, lambda text: text.replace("[Unit]\n", "[Unit]\n# edited\n", 1)):
+        told = editing.doit("node")
+    payload = {"payloads/control-plane-amd64.tar.gz", "payloads/control-plane-amd64.json"}
+    assert made(told) == {"payload:control-plane-amd64", "node:control-1"}
+    assert changed(before, editing.stamps()) == payload | machine("control-1")
+
+
+def test_a_deleted_artifact_is_made_again(small: Desk) -> None:
+    before = small.stamps()
+    digest = sha256(small.build / "seeds/worker-2.iso")
+    (small.build / "seeds/worker-2.iso").unlink()
+    assert made(small.doit()) == {"node:worker-2"}
+    assert sha256(small.build / "seeds/worker-2.iso") == digest
+    assert changed(before, small.stamps()) == machine("worker-2")
+
+
+def test_a_file_that_left_the_cache_is_noticed(small: Desk) -> None:
+    """In a cache of its own, whose files are links into the desk's."""
+    cache = small.project.root / "build/downloads"
+    desk = cache.resolve()
+    cache.unlink()
+    try:
+        shutil.copytree(desk, cache, copy_function=lambda source, target: Path(target).symlink_to(source))
+        record = json.loads((small.build / "images/amd64.json").read_text())
+        archive = Path(next(image["archive"]["path"] for image in record if image["name"] == "coredns"))
+        digest, before = sha256(archive), small.stamps()
+        archive.unlink()
+        assert made(small.doit()) == {"images:amd64"}
+        assert sha256(archive) == digest
+        assert small.stamps() == before
+    finally:
+        shutil.rmtree(cache)
+        cache.symlink_to(desk)
+
+
+# ---- interruptions --------------------------------------------------------------------------------------------------
+
+
+def interrupt(desk: Desk, pattern: str, number: signal.Signals) -> tuple[int, str]:
+    """Runs `doit node:etcd-1` and sends the signal to its group once a file of this pattern holds a megabyte."""
+    process = desk.start("node:etcd-1")
+    patience = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < patience:
+        with suppress(FileNotFoundError):
+            if any(path.stat().st_size > 1 << 20 for path in desk.build.glob(pattern)):
+                os.killpg(process.pid, number)
+                break
+        time.sleep(0.001)
+    told, _ = process.communicate(timeout=60)
+    return process.returncode, told
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    ("begun", "lost", "left"),
+    [
+        (
+            "payloads/.etcd-amd64.tar.gz.*",
+            ["payloads/etcd-amd64.tar.gz", "payloads/etcd-amd64.json", "nodes/etcd-1.tar.gz"],
+            {"payload:etcd-amd64", "node:etcd-1"},
+        ),
+        ("nodes/.etcd-1.tar.gz.*", ["nodes/etcd-1.tar.gz", "seeds/etcd-1.iso"], {"node:etcd-1"}),
+        ("seeds/.etcd-1.iso.*", ["seeds/etcd-1.iso"], {"node:etcd-1"}),
+    ],
+    ids=["payload", "node", "seed"],
+)
+def test_cut_off_anywhere_the_next_run_continues(
+    apart: Desk, number: signal.Signals, begun: str, lost: list[str], left: set[str]
+) -> None:
+    before = apart.digests()
+    for name in lost:
+        (apart.build / name).unlink()
+    code, told = interrupt(apart, begun, number)
+    assert code == (-9 if number == signal.SIGKILL else 130), told
+    assert "Traceback" not in told
+    assert not (apart.build / lost[0]).exists(), "nothing half-written has the name"
+    if number != signal.SIGKILL:
+        assert "the next doit continues" in told
+        assert not list(apart.build.glob("*/.*")), "it tidies up"
+    assert made(apart.doit("node:etcd-1")) == left
+    assert apart.digests() == before
+    assert not list(apart.build.glob("*/.*")), "what a killed run left is gone"
+
+
+def test_two_bakes_at_once_do_no_harm(apart: Desk) -> None:
+    before = apart.digests()
+    for name in before:
+        (apart.build / name).unlink()
+    both = [apart.start("node:etcd-1"), apart.start("node:etcd-1")]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sorted("Another bake is running" in told for told in said) == [False, True]
+    assert [len(made(told)) for told in sorted(said, key=lambda told: "Another" in told)] == [2, 0]
+    assert apart.digests() == before
+
+
+# ---- what it looks like ---------------------------------------------------------------------------------------------
+
+
+def on_a_terminal(desk: Desk, **environment: str) -> str:
+    """What `doit node:etcd-1` writes to a terminal of 100 columns."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    process = subprocess.Popen(
+        desk.project.command("node:etcd-1", f"cluster={desk.file}"),
+        cwd=desk.project.root,
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        env={**{k: v for k, v in os.environ.items() if k != "NO_COLOR"}, "TERM": "xterm-256color", **environment},
+    )
+    os.close(follower)
+    seen = b""
+    with suppress(OSError):  # EIO: the other end is closed
+        while data := os.read(leader, 1 << 16):
+            seen += data
+    os.close(leader)
+    assert process.wait() == 0, seen
+    return seen.decode()
+
+
+COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-7]|9[0-7]|38;[\d;]+)m")
+
+
+def test_a_terminal_shows_something_live(apart: Desk) -> None:
+    payload = apart.build / "payloads/etcd-amd64.tar.gz"
+    payload.unlink()
+    seen = on_a_terminal(apart)
+    assert len(set(re.findall(r"packing etcd amd64.*?([\d.]+ MB) / [\d.]+ MB", seen))) > 1, "it moves"
+    assert COLOUR.search(seen)
+    payload.unlink()
+    assert not COLOUR.search(on_a_terminal(apart, NO_COLOR="1"))
+
+
+def test_elsewhere_plain_lines(apart: Desk) -> None:
+    (apart.build / "payloads/etcd-amd64.tar.gz").unlink()
+    told = apart.doit("node:etcd-1", TERM="xterm-256color")
+    assert made(told) == {"payload:etcd-amd64"}
+    assert "\x1b" not in told and "\r" not in told
+
+
+# ---- a newer Nodebake ----------------------------------------------------------------------------------------------
+
+
+def test_other_code_rebuilds_but_a_worker_keeps_its_bytes(small: Desk) -> None:
+    """Here it is code that only the control planes' objects come from. The last test, for it leaves much to rebake."""
+    before, stamps = small.digests(), small.stamps()
+    recipe = small.project.root / "recipes/objects.py"
+    with edited(recipe, lambda text: text.replace('"memory": "70Mi"', '"memory": "71Mi"')):
+        told = small.doit("node:worker-1")
+        assert {"payload:worker-amd64", "node:worker-1"} <= made(told)
+        assert machine("worker-1") <= changed(stamps, small.stamps())
+        assert small.digests() == before
