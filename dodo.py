@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from recipes import report
-from recipes.bake import PACKAGE, Bake, still_there
+from recipes.bake import PACKAGE, Bake
 from recipes.kit import graph, inventory, overlay, store
 from recipes.kit.choices import Choices
 from recipes.kit.download import Desk
 from recipes.kit.graph import Same, action, argument
 from recipes.kit.model import Arch, Node, Source
 from recipes.kit.progress import for_this_terminal
+from recipes.records import still_there
 
 Task = dict[str, Any]
 

@@ -8,18 +8,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
+from recipes import records
 from recipes.components import load_components
-from recipes.kit import inventory, overlay, store
+from recipes.kit import atomic, inventory, overlay, store
+from recipes.kit.choices import Choices
 from recipes.kit.download import Desk
 from recipes.kit.errors import BakeError
-from recipes.kit.model import Arch, Cluster, Fetched, File, Image, Node, Origin, Role
+from recipes.kit.model import Arch, Cluster, Fetched, File, Node, Role
 
 PACKAGE = Path(__file__).parent
 
@@ -112,11 +113,12 @@ class Bake:
     def generation(self) -> int:
         """Counts the versions of what the control planes bring: 1, 2 ... Kept in the store, so that it never falls."""
         known = digest(self.code, self._named_alike, self._token_ids(), self._operators_bytes())
-        last = self.desk.choices.get("generation", "objects") or {"of": None, "number": 0}
+        kept = Choices(self.where / "generation.json")  # not with the choices, which may be thrown away
+        last = kept.get("generation", "objects") or {"of": None, "number": 0}
         if last["of"] == known:
             return int(last["number"])
         number = int(last["number"]) + 1
-        self.desk.choices.remember("generation", "objects", {"of": known, "number": number})
+        kept.remember("generation", "objects", {"of": known, "number": number})
         return number
 
     @property
@@ -162,7 +164,7 @@ class Bake:
         obtained = binaries.obtain_all(
             load_components().values(), arch, self.desk, headers=lambda: packages.headers(arch, self.desk, mirror)
         )
-        write_record(self.record("binaries", arch), [file for files in obtained.values() for file in files])
+        records.write(self.record("binaries", arch), [file for files in obtained.values() for file in files])
 
     def inputs_of_packages(self, role: Role, arch: Arch) -> str:
         wanted = overlay.packages(self.cluster, role)
@@ -172,7 +174,7 @@ class Bake:
         from recipes import packages
 
         obtained = packages.obtain(overlay.packages(self.cluster, role), arch, self.cluster, self.desk)
-        write_record(self.record("packages", f"{role}-{arch}"), obtained)
+        records.write(self.record("packages", f"{role}-{arch}"), obtained)
 
     def inputs_of_images(self, arch: Arch) -> str:
         archives = [Path(image) for image in self.cluster.images if image.startswith("/")]
@@ -181,8 +183,8 @@ class Bake:
     def make_images(self, arch: Arch) -> None:
         from recipes import images
 
-        coredns = next(file for file in read_fetched(self.record("binaries", arch)) if file.name == "coredns")
-        write_record(self.record("images", arch), images.obtain(self.cluster, arch, self.desk, coredns))
+        coredns = next(file for file in records.read_fetched(self.record("binaries", arch)) if file.name == "coredns")
+        records.write(self.record("images", arch), images.obtain(self.cluster, arch, self.desk, coredns))
 
     def inputs_of_payload(self, role: Role, arch: Arch) -> str:
         return digest(self.code, self.shared, role, arch, self.mtime, self.secrets.cluster_id, self._operators_files())
@@ -191,12 +193,11 @@ class Bake:
         from recipes import audit, payload
 
         by_component: dict[str, list[Fetched]] = {}
-        for file in read_fetched(self.record("binaries", arch)):
+        for file in records.read_fetched(self.record("binaries", arch)):
             by_component.setdefault(file.origin.component, []).append(file)
-        debs = read_fetched(self.record("packages", f"{role}-{arch}"))
-        versions = {component.name: component.version for component in load_components().values()}
-        archives = read_images(self.record("images", arch))
-        contents = payload.files(self.shared, role, arch, by_component, archives, debs, versions)
+        debs = records.read_fetched(self.record("packages", f"{role}-{arch}"))
+        archives = records.read_images(self.record("images", arch))
+        contents = payload.files(self.shared, role, arch, by_component, archives, debs)
         example = next(node for node in self.cluster.nodes if (node.role, node.arch) == (role, arch))
         whole = [*contents, *self.identity(example, sums="0" * 64)]
         audit.prove(whole, self.cluster, example, archives, overlay.packages(self.cluster, role))
@@ -216,7 +217,7 @@ class Bake:
 
         if node.role != "control-plane":
             return node_recipe.identity(self.shared, node, self.secrets, sums=sums)
-        image = {image.name: image.reference for image in read_images(self.record("images", node.arch))}
+        image = {image.name: image.reference for image in records.read_images(self.record("images", node.arch))}
         return node_recipe.identity(
             self.cluster.unwired, node, self.secrets, sums=sums, image=image, generation=self.generation
         )
@@ -255,13 +256,13 @@ class Bake:
         from recipes import certificates
         from recipes import node as node_recipe
 
-        write_atomically(self.admin_conf, certificates.admin_conf(self.cluster, self.secrets), mode=0o600)
+        atomic.write(self.admin_conf, certificates.admin_conf(self.cluster, self.secrets), mode=0o600)
         if self.cluster.bake_ssh_host_keys:
-            write_atomically(self.known_hosts, node_recipe.known_hosts(self.cluster, self.secrets))
+            atomic.write(self.known_hosts, node_recipe.known_hosts(self.cluster, self.secrets))
 
     def make_schema(self) -> None:
         text = json.dumps(inventory.json_schema(), indent=1)
-        write_atomically(self.schema, text.encode() + b"\n")
+        atomic.write(self.schema, text.encode() + b"\n")
 
     def make_volume(self) -> None:
         from recipes import seed
@@ -273,51 +274,6 @@ class Bake:
 def _stamp(path: Path) -> tuple[str, int, int]:
     stat = path.stat()
     return str(path), stat.st_size, stat.st_mtime_ns
-
-
-def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Writes a small file so that it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(file.fileno(), mode)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_record(path: Path, things: Sequence[Fetched | Image]) -> None:
-    text = json.dumps([asdict(thing) for thing in things], indent=1, default=str, sort_keys=True)
-    write_atomically(path, text.encode() + b"\n")
-
-
-def still_there(path: Path) -> bool:
-    """Whether the files that a record names are where they were; whoever uses them checks their bytes."""
-    try:
-        entries = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return False
-    return all(Path(entry.get("archive", entry)["path"]).exists() for entry in entries)
-
-
-def read_fetched(path: Path) -> list[Fetched]:
-    return [_fetched(entry) for entry in json.loads(path.read_text())]
-
-
-def read_images(path: Path) -> list[Image]:
-    entries = json.loads(path.read_text())
-    return [Image(entry["name"], entry["reference"], _fetched(entry["archive"])) for entry in entries]
-
-
-def _fetched(entry: dict[str, Any]) -> Fetched:
-    origin = Origin(**entry["origin"])
-    return Fetched(entry["name"], Path(entry["path"]), entry["sha256"], entry["size"], origin)
 
 
 def digest(*inputs: object) -> str:

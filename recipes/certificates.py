@@ -5,15 +5,13 @@ The table itself, PROFILES, lies in recipes/kit/profiles.py, because the store m
 
 from __future__ import annotations
 
-from datetime import datetime
-
 from recipes.kit import pki
 from recipes.kit.kubeconfig import Credential, kubeconfig
 from recipes.kit.model import Cluster, File, Node, Origin
 from recipes.kit.profiles import AUTHORITIES, DESK, PKI, PROFILES, CertificateSpec, holds, profile_table, profiles_of
 from recipes.kit.store import BACKDATED, Secrets
 
-__all__ = ["PROFILES", "admin_conf", "expiries", "for_node", "kubeconfig", "profile_table"]
+__all__ = ["PROFILES", "admin_conf", "for_node", "kubeconfig", "profile_table"]
 
 _OWN_API_SERVER = "https://127.0.0.1:6443"
 _ADMIN = next(spec for spec in PROFILES if spec.holder == "desk")
@@ -74,26 +72,6 @@ def admin_conf(cluster: Cluster, secrets: Secrets) -> bytes:
             secrets.leaf_keys[DESK, _ADMIN.name],
         ),
     )
-
-
-def expiries(cluster: Cluster, node: Node | None, secrets: Secrets) -> list[tuple[str, datetime]]:
-    """Until when certificates hold (UTC), by name, in the table's order: a machine's, or without one the desk's.
-
-    The desk's are every CA and admin.conf's certificate.
-    """
-    ends = {spec.name: _certificate_end(secrets, spec.name) for spec in AUTHORITIES}
-    found = [
-        (authority.common_name, ends[authority.name])
-        for authority in AUTHORITIES
-        if node is None or any(holds(node, holder) for _, holders in authority.certificates for holder in holders)
-    ]
-    leaf_end = secrets.minted + cluster.validity.leaf
-    leaves = (_ADMIN,) if node is None else profiles_of(node)
-    return found + [(spec.name, min(leaf_end, ends[spec.authority])) for spec in leaves]
-
-
-def _certificate_end(secrets: Secrets, authority: str) -> datetime:
-    return pki.load_certificate(secrets.authorities[authority].cert_pem).not_valid_after_utc
 
 
 def _issue(cluster: Cluster, node: Node | None, spec: CertificateSpec, secrets: Secrets) -> bytes:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from recipes import images as container_images
-from recipes.kit import archive, manifest, overlay
+from recipes.components import load_components
+from recipes.kit import archive, atomic, manifest, overlay
 from recipes.kit.archive import Entry, Packed
 from recipes.kit.errors import BakeError
 from recipes.kit.model import Arch, Cluster, Fetched, File, Image, Role
@@ -19,8 +20,6 @@ BAKED = "/opt/nodebake"
 UNITS = "/etc/systemd/system"
 # Folders that are ours alone on the machine; everything below them gets its mode from the tarball, not from a umask.
 OWN_FOLDERS = (BAKED, "/etc/nodebake", "/etc/kubernetes", "/etc/etcd")
-
-CNI = "cni-plugins"  # the one component whose files are found by kubelet's pods, not by units: all of it goes to cni/
 
 _ETCD = ("etcd", "etcdctl", "etcdutl")
 _KUBELET = ("containerd", "containerd-shim-runc-v2", "crictl", "ctr", "kube-proxy", "kubelet", "runc")
@@ -58,15 +57,14 @@ def files(
     binaries: Mapping[str, Sequence[Fetched]],
     images: Sequence[Image],
     packages: Sequence[Fetched],
-    versions: Mapping[str, str],
 ) -> list[File]:
     """Everything of the payload but its manifest, sorted by path.
 
-    binaries: component -> its files, of this architecture. versions: component -> version, for the templates.
+    binaries: component -> its files, of this architecture.
     BakeError when a binary that the role needs is not among them.
     """
     baked = _baked(cluster, role, arch, binaries, images if role in ("control-plane", "worker") else (), packages)
-    rendered = overlay.payload(cluster, role, arch, {image.name: image.reference for image in images}, versions)
+    rendered = overlay.payload(cluster, role, arch, {image.name: image.reference for image in images})
     found = [*baked, *rendered]
     if role in ("control-plane", "worker"):
         found += container_images.registry_files(cluster)
@@ -98,10 +96,8 @@ def write(
     record = record_beside(target)
     sums = manifest.digest_of_sums(made, "payload")
     described = next(file.data for file in made if file.path.endswith("/payload.json"))
-    with archive.replacing(record, mode=0o644) as out:
-        out.write(
-            json.dumps({**json.loads(described or b"{}"), "sums": sums}, indent=1, sort_keys=True).encode() + b"\n"
-        )
+    text = json.dumps({**json.loads(described or b"{}"), "sums": sums}, indent=1, sort_keys=True)
+    atomic.write(record, text.encode() + b"\n")
     return Written(packed, record, sums)
 
 
@@ -163,12 +159,13 @@ def _baked(
     packages: Sequence[Fetched],
 ) -> list[File]:
     """Binaries, images and packages below /opt/nodebake/<digest>, and the link `current` to it."""
-    by_name = {fetched.name: fetched for component, some in binaries.items() if component != CNI for fetched in some}
+    components = load_components()
+    by_name = {file.name: file for name, some in binaries.items() if components[name].install == "bin" for file in some}
     missing = [name for name in programs(cluster, role) if name not in by_name]
     placed = [(f"bin/{name}", 0o755, by_name[name]) for name in programs(cluster, role) if name in by_name]
     if role in ("control-plane", "worker"):
-        plugins = binaries.get(CNI, ())
-        missing += [] if plugins else [CNI]
+        plugins = [file for name, some in binaries.items() if components[name].install == "cni" for file in some]
+        missing += [] if plugins else ["CNI plugins"]
         placed += [(f"cni/{fetched.name}", 0o755, fetched) for fetched in plugins]
     if missing:
         raise BakeError(

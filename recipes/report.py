@@ -8,11 +8,12 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from recipes import certificates
-from recipes.bake import Bake, read_fetched, read_images
+from recipes.bake import Bake
 from recipes.kit import store
 from recipes.kit.model import Node
+from recipes.kit.profiles import expiries
 from recipes.kit.progress import amount
+from recipes.records import read_fetched, read_images
 
 ROWS = 24  # a table of 5,000 machines is for a file, not for a screen
 
@@ -69,8 +70,7 @@ def cluster(bake: Bake) -> str:
     if not bake.minted:
         return "\n".join([*lines, "", "Nothing is baked yet: run doit."])
     lines += ["", *_until(bake), "", table(("COMPONENT", "VERSION", "SOURCE"), _components(bake))]
-    expiries = certificates.expiries(cluster, None, bake.secrets)
-    lines += ["", table(("CERTIFICATE", "UNTIL"), [(name, _day(moment)) for name, moment in expiries])]
+    lines += ["", table(("CERTIFICATE", "UNTIL"), [(name, _day(moment)) for name, moment in _expiries(bake, None)])]
     return "\n".join(lines)
 
 
@@ -86,9 +86,8 @@ def machine(bake: Bake, node: Node) -> str:
     if not bake.minted or not bake.tarball(node).exists():
         return "\n".join([*lines, "", f"It is not baked yet: run doit node:{node.name}"])
     lines += ["", *_until(bake)]
-    expiries = certificates.expiries(bake.cluster, node, bake.secrets)
-    if expiries:
-        lines += ["", table(("CERTIFICATE", "UNTIL"), [(name, _day(moment)) for name, moment in expiries])]
+    if ends := _expiries(bake, node):
+        lines += ["", table(("CERTIFICATE", "UNTIL"), [(name, _day(moment)) for name, moment in ends])]
     lines += ["", table(("COMPONENT", "VERSION", "SOURCE", "FILES", "SIZE"), _contents(bake, node))]
     return "\n".join(lines)
 
@@ -142,8 +141,14 @@ def _next(bake: Bake) -> list[str]:
 
 
 def _first_expiry(bake: Bake, node: Node) -> str:
-    expiries = certificates.expiries(bake.cluster, node, bake.secrets)
-    return _day(min(moment for _, moment in expiries)) if expiries else "issued on joining"
+    """Of the certificates that are baked for this machine; a kubelet's own is issued, and renewed, in the cluster."""
+    leaves = [moment for name, moment in _expiries(bake, node) if not name.endswith("-ca")]
+    return _day(min(leaves)) if leaves else "issued on joining" if node.runs_kubelet else "-"
+
+
+def _expiries(bake: Bake, node: Node | None) -> list[tuple[str, datetime]]:
+    secrets = bake.secrets
+    return expiries(bake.cluster, node, minted=secrets.minted, authorities_end=secrets.authorities_end)
 
 
 def _day(moment: datetime) -> str:

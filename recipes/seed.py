@@ -25,6 +25,7 @@ import pycdlib.utils
 import yaml
 
 from recipes.kit import archive, overlay
+from recipes.kit.atomic import replacing
 from recipes.kit.model import Cluster, Link, Network, Node
 
 LABEL = "cidata"  # cloud-init finds the volume by it
@@ -82,7 +83,7 @@ def user_data(cluster: Cluster, node: Node) -> bytes:
     config: dict[str, Any] = {
         "hostname": node.name,
         "preserve_hostname": False,
-        "manage_etc_hosts": False,  # what the payload says there stays
+        "manage_etc_hosts": "localhost",  # its own name without DNS; of other machines only addresses are used
         "locale": False,
         "users": [
             {
@@ -166,7 +167,7 @@ def write_payloads(tarballs: Mapping[str, Path], target: Path, *, mtime: int) ->
 
 def write_iso(contents: Mapping[str, bytes | Path], target: Path, *, label: str, mtime: int) -> Seed:
     """An ISO 9660 volume (interchange level 3, Joliet, Rock Ridge) with these files; the same bytes always."""
-    with archive.replacing(target) as out, ExitStack() as opened, _pinned_clock(mtime):
+    with replacing(target) as out, ExitStack() as opened, _pinned_clock(mtime):
         iso = pycdlib.PyCdlib()
         iso.new(interchange_level=3, joliet=3, rock_ridge="1.09", vol_ident=label, app_ident_str="NODEBAKE")
         for number, (name, content) in enumerate(sorted(contents.items())):

@@ -92,8 +92,7 @@ class Parts:
         return self.fetched(made.name, made.read_bytes(), name)
 
     def payload(self, cluster: Cluster, node: Node) -> list[File]:
-        versions = {"kubernetes": "v1.37.1"}
-        return payload.files(cluster, node.role, node.arch, self.binaries, self.images, self.packages, versions)
+        return payload.files(cluster, node.role, node.arch, self.binaries, self.images, self.packages)
 
     @property
     def references(self) -> dict[str, str]:

@@ -30,7 +30,7 @@ _BIN = "/opt/nodebake/current/bin/"
 
 
 def payload(cluster: Cluster, role: Role) -> list[File]:
-    return overlay.payload(cluster, role, "amd64", IMAGES, {})
+    return overlay.payload(cluster, role, "amd64", IMAGES)
 
 
 def identity(cluster: Cluster, node: Node) -> list[File]:

@@ -25,7 +25,7 @@ import pytest
 import yaml
 
 from recipes import audit, payload
-from recipes.bake import Bake, read_fetched, read_images
+from recipes.bake import Bake
 from recipes.components import load_components
 from recipes.kit import inventory, overlay, store
 from recipes.kit.archive import END_MEMBER
@@ -34,6 +34,7 @@ from recipes.kit.download import Desk
 from recipes.kit.errors import BakeErrors
 from recipes.kit.model import USERS, Cluster, Fetched, File, Image, Node
 from recipes.kit.progress import Lines
+from recipes.records import read_fetched, read_images
 from tests.conftest import Project, copy_project
 from tests.samples import SSH_KEY
 
@@ -762,8 +763,7 @@ def parts(baked: Project) -> Parts:
         by_component.setdefault(file.origin.component, []).append(file)
     images = read_images(bake.record("images", "amd64"))
     debs = read_fetched(bake.record("packages", "control-plane-amd64"))
-    versions = {component.name: component.version for component in load_components().values()}
-    contents = payload.files(bake.shared, node.role, node.arch, by_component, images, debs, versions)
+    contents = payload.files(bake.shared, node.role, node.arch, by_component, images, debs)
     return Parts(cluster, node, images, [*contents, *bake.identity(node, sums="0" * 64)])
 
 

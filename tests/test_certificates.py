@@ -18,7 +18,7 @@ from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from recipes import certificates
-from recipes.kit import pki, store
+from recipes.kit import pki, profiles, store
 from recipes.kit.model import USERS, Cluster, Endpoint, File, KeyType, Node, Validity
 from recipes.kit.profiles import AUTHORITIES, DESK, PROFILES
 from recipes.kit.store import Secrets
@@ -502,6 +502,10 @@ def test_adding_a_worker_changes_no_certificate(directory: Path, secrets: Secret
 # --- until when
 
 
+def expiries(cluster: Cluster, node: Node | None, secrets: Secrets) -> list[tuple[str, datetime]]:
+    return profiles.expiries(cluster, node, minted=secrets.minted, authorities_end=secrets.authorities_end)
+
+
 def test_validity(secrets: Secrets) -> None:
     for name, (pem, _) in pairs(samples.ha(), PLANE, secrets).items():
         leaf = x509.load_pem_x509_certificate(pem)
@@ -518,18 +522,18 @@ def test_a_leaf_never_outlives_its_authority(secrets: Secrets) -> None:
     end = secrets.minted + timedelta(days=3652)
     for pem, _ in pairs(cluster, PLANE, secrets).values():
         assert x509.load_pem_x509_certificate(pem).not_valid_after_utc == end
-    assert {when for _, when in certificates.expiries(cluster, PLANE, secrets)} == {end}
+    assert {when for _, when in expiries(cluster, PLANE, secrets)} == {end}
 
 
 def test_expiries_are_those_of_the_certificates(secrets: Secrets) -> None:
     cluster = samples.ha()
-    told = dict(certificates.expiries(cluster, PLANE, secrets)) | dict(certificates.expiries(cluster, None, secrets))
+    told = dict(expiries(cluster, PLANE, secrets)) | dict(expiries(cluster, None, secrets))
     real = {name: x509.load_pem_x509_certificate(pem) for name, (pem, _) in pairs(cluster, PLANE, secrets).items()}
     real |= {f"{name}-ca": pki.load_certificate(pair.cert_pem) for name, pair in secrets.authorities.items()}
     assert told == {name: certificate.not_valid_after_utc for name, certificate in real.items()}
-    worker = certificates.expiries(cluster, cluster.workers[0], secrets)
+    worker = expiries(cluster, cluster.workers[0], secrets)
     assert [name for name, _ in worker] == ["kubernetes-ca"]
-    desk = certificates.expiries(cluster, None, secrets)
+    desk = expiries(cluster, None, secrets)
     assert [name for name, _ in desk] == ["kubernetes-ca", "kubelet-serving-ca", "etcd-ca", "front-proxy-ca", "admin"]
 
 
@@ -611,3 +615,8 @@ def test_a_machines_certificates_take_milliseconds(secrets: Secrets) -> None:
     for _ in range(10):
         certificates.for_node(cluster, PLANE, secrets)
     assert (time.process_time() - started) / 10 < 0.02
+
+
+def test_the_documentation_has_the_table() -> None:
+    text = (Path(__file__).parent.parent / "recipes" / "README.md").read_text()
+    assert text.endswith(certificates.profile_table())

@@ -14,11 +14,11 @@ BIN = Path(sys.executable).parent
 
 # What may import what: a module imports only from rows above its own (or from its own row's modules listed before it).
 ORDER = [
-    ["kit.errors", "kit.model", "kit.progress", "kit.locks", "kit.shell"],
+    ["kit.errors", "kit.model", "kit.progress", "kit.locks", "kit.atomic", "kit.shell"],
     ["kit.choices", "kit.download", "kit.registry", "kit.unpack", "kit.gotool"],
     ["kit.formats", "kit.places", "kit.clusterfile", "kit.inventory"],
-    ["kit.overlay", "kit.archive", "kit.manifest", "kit.pki", "kit.profiles", "kit.kubeconfig", "kit.store"],
-    ["components", "binaries", "packages", "images", "certificates", "tokens", "objects"],
+    ["kit.overlay", "kit.archive", "kit.manifest", "kit.profiles", "kit.pki", "kit.kubeconfig", "kit.store"],
+    ["components", "records", "binaries", "packages", "images", "certificates", "tokens", "objects"],
     ["payload", "node"],
     ["seed"],
     ["audit", "bake", "report"],

@@ -7,17 +7,13 @@ member with the node's own files. The head is thus compressed once, however many
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
 import struct
 import tarfile
-import tempfile
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path, PurePosixPath
@@ -25,6 +21,7 @@ from typing import IO, Self
 
 from isal import isal_zlib
 
+from recipes.kit.atomic import replacing
 from recipes.kit.errors import BakeError
 from recipes.kit.model import USERS, File, Origin
 from recipes.kit.progress import Advance
@@ -274,36 +271,6 @@ def _checked(files: Iterable[File], keep: Sequence[File] = ()) -> list[File]:
                 raise BakeError("a path on the machine is a file and a folder at once", where=str(folder))
     kept = {file.path for file in keep}
     return [file for path, file in sorted(seen.items()) if path not in kept]
-
-
-@contextmanager
-def replacing(target: Path, *, mode: int = 0o600) -> Iterator[IO[bytes]]:
-    """A file beside target that takes its place, synced, when the block ends well; else it is removed.
-
-    Names are unique, so two bakes at once do no harm; what a killed bake left is removed after an hour.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(f".{glob.escape(target.name)}.*"):
-        with suppress(OSError):
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink()
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "w+b") as out:
-            os.fchmod(descriptor, mode)
-            yield out
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _head_length(payload: Path) -> int:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from recipes.kit import atomic
 from recipes.kit.errors import BakeError
 from recipes.kit.locks import locked
 
@@ -32,7 +31,8 @@ class Choices:
         with locked(self.path.with_name(f".{self.path.name}.lock")):
             everything = self._read()
             everything.setdefault(section, {})[key] = value
-            self._write(everything)
+            text = json.dumps(everything, indent=1, sort_keys=True)
+            atomic.write(self.path, text.encode() + b"\n", mode=0o600)
 
     def _read(self) -> dict[str, dict[str, Any]]:
         try:
@@ -48,16 +48,3 @@ class Choices:
             where=self.path,
             remedy="restore it from a backup, or delete it to choose the sources anew",
         )
-
-    def _write(self, everything: dict[str, dict[str, Any]]) -> None:
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")  # mkstemp makes it 0600
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(everything, file, indent=1, sort_keys=True)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).replace(self.path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise

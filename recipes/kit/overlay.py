@@ -1,6 +1,6 @@
 """Overlays: trees of files whose paths are the paths on the machine; `.j2` files are templates (overlays/README.md).
 
-Payload templates see cluster, role, arch, image and version; identity templates (the tree `node`) see cluster, node,
+Payload templates see cluster, role, arch and image; identity templates (the tree `node`) see cluster, node,
 minted and install_by. An unknown name is an error, never an empty string.
 """
 
@@ -65,11 +65,9 @@ def packages(cluster: Cluster, role: Role, root: Path = OVERLAYS) -> tuple[str, 
     return tuple(sorted({name for layer in layers(cluster, role) for name in listed[layer]}))
 
 
-def payload(
-    cluster: Cluster, role: Role, arch: str, image: Mapping[str, str], version: Mapping[str, str], root: Path = OVERLAYS
-) -> list[File]:
+def payload(cluster: Cluster, role: Role, arch: str, image: Mapping[str, str], root: Path = OVERLAYS) -> list[File]:
     """Every layer of a role, rendered; a later layer replaces a file of an earlier one. Sorted by path."""
-    context = {"cluster": cluster, "role": role, "arch": arch, "image": image, "version": version}
+    context = {"cluster": cluster, "role": role, "arch": arch, "image": image}
     files = {file.path: file for layer in layers(cluster, role) for file in render(root / layer, context)}
     return [files[path] for path in sorted(files)]
 

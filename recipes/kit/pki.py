@@ -7,7 +7,7 @@ RSA signs with PKCS #1 v1.5, and the serial number is a keyed digest of everythi
 from __future__ import annotations
 
 import hmac
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from ipaddress import IPv4Address
@@ -15,6 +15,7 @@ from ipaddress import IPv4Address
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -25,16 +26,9 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from recipes.kit.model import KeyType
+from recipes.kit.profiles import KeyPair
 
 PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
-
-
-@dataclass(frozen=True, slots=True)
-class KeyPair:
-    """A certificate and its private key (PKCS #8), both PEM."""
-
-    cert_pem: bytes = field(repr=False)
-    key_pem: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +72,6 @@ def load_certificate(pem: bytes) -> x509.Certificate:
 
 def public_pem(key_pem: bytes) -> bytes:
     return load_key(key_pem).public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-
-
-def public_der(key_pem: bytes) -> bytes:
-    return load_key(key_pem).public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
 def authority(subject: Subject, key_pem: bytes, *, start: datetime, end: datetime, serial_seed: bytes) -> bytes:
@@ -177,3 +167,18 @@ def _usage(*, signs_certificates: bool = False, enciphers_keys: bool = False) ->
         encipher_only=False,
         decipher_only=False,
     )
+
+
+def sign(key_pem: bytes, data: bytes) -> bytes:
+    """ECDSA with SHA-256 (DER), always the same for the same key and data (RFC 6979)."""
+    key = load_key(key_pem)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise TypeError("manifests are signed with an elliptic curve key")
+    return key.sign(data, ec.ECDSA(hashes.SHA256(), deterministic_signing=True))
+
+
+def new_ssh_host_key() -> tuple[bytes, str]:
+    """An Ed25519 host key: OpenSSH's private format (which has a random number in it), and the public line."""
+    key = Ed25519PrivateKey.generate()
+    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+    return key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), public

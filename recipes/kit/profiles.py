@@ -6,7 +6,8 @@ Recipes mint and issue from it, profile_table() prints it for the documentation.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Literal
 
 from recipes.kit.model import Cluster, Node
@@ -24,6 +25,14 @@ ETCD_PKI = "/etc/etcd/pki"
 # Group of the baked administrator. Bound to cluster-admin by a cluster object, so it can be taken back; system:masters
 # could not.
 ADMIN_GROUP = "nodebake:cluster-admins"
+
+
+@dataclass(frozen=True, slots=True)
+class KeyPair:
+    """A certificate and its private key (PKCS #8), both PEM."""
+
+    cert_pem: bytes = field(repr=False)
+    key_pem: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +250,22 @@ def holds(node: Node, holder: Holder) -> bool:
 
 def profiles_of(node: Node) -> tuple[CertificateSpec, ...]:
     return tuple(spec for spec in PROFILES if holds(node, spec.holder))
+
+
+def expiries(
+    cluster: Cluster, node: Node | None, *, minted: datetime, authorities_end: datetime
+) -> list[tuple[str, datetime]]:
+    """Until when certificates hold (UTC), by name, in the table's order: a machine's, or without one the desk's.
+
+    The desk's are every CA and admin.conf's certificate. A leaf never outlives its CA.
+    """
+    authorities = [
+        (authority.common_name, authorities_end)
+        for authority in AUTHORITIES
+        if node is None or any(holds(node, holder) for _, holders in authority.certificates for holder in holders)
+    ]
+    leaves = profiles_of(node) if node is not None else [spec for spec in PROFILES if spec.holder == "desk"]
+    return authorities + [(spec.name, min(minted + cluster.validity.leaf, authorities_end)) for spec in leaves]
 
 
 def leaf_owners(cluster: Cluster) -> Iterator[tuple[str, CertificateSpec]]:

@@ -33,17 +33,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-
-from recipes.kit import pki
 from recipes.kit.errors import BakeError
 from recipes.kit.locks import locked
 from recipes.kit.model import Cluster
-from recipes.kit.pki import KeyPair
-from recipes.kit.profiles import AUTHORITIES, leaf_owners
+from recipes.kit.profiles import AUTHORITIES, KeyPair, leaf_owners
 
 BACKDATED = timedelta(hours=1)  # notBefore lies this long before minting: a machine's clock may be a little behind
 
@@ -91,6 +84,7 @@ class Secrets:
     cluster_id: str
     minted: datetime
     install_by: datetime
+    authorities_end: datetime
     authorities: Mapping[str, KeyPair] = field(repr=False)  # by profiles.Authority
     leaf_keys: Mapping[tuple[str, str], bytes] = field(repr=False)  # (node or profiles.DESK, profile) -> PEM
     service_account: PlainPair = field(repr=False)
@@ -109,11 +103,16 @@ class _Record:
     id: str
     minted: str
     keyType: str
+    authoritiesEnd: str
     files: dict[str, str]  # path in the store -> SHA-256 in hex
 
     @property
     def time(self) -> datetime:
         return datetime.fromisoformat(self.minted)
+
+    @property
+    def end(self) -> datetime:
+        return datetime.fromisoformat(self.authoritiesEnd)
 
 
 def default_directory(cluster_file: Path) -> Path:
@@ -147,14 +146,15 @@ def sign(secrets: Secrets, data: bytes) -> bytes:
 
     `openssl dgst -sha256 -verify signing.pub -signature SIG DATA` checks it.
     """
-    key = pki.load_key(secrets.signing.private_pem)
-    assert isinstance(key, ec.EllipticCurvePrivateKey)  # noqa: S101  minted as P-256, whatever keyType says
-    return key.sign(data, ec.ECDSA(hashes.SHA256(), deterministic_signing=True))
+    from recipes.kit import pki  # here and below: most bakes mint and sign nothing, and need not wait for it
+
+    return pki.sign(secrets.signing.private_pem, data)
 
 
 def fingerprint(secrets: Secrets) -> str:
     """SHA-256 of the signing public key (DER SubjectPublicKeyInfo) in hex, for people to compare."""
-    return hashlib.sha256(pki.public_der(secrets.signing.private_pem)).hexdigest()
+    body = [line for line in secrets.signing.public_pem.splitlines() if not line.startswith(b"-----")]
+    return hashlib.sha256(base64.b64decode(b"".join(body))).hexdigest()
 
 
 def _open(directory: Path, cluster: Cluster, now: datetime, mint: bool) -> Secrets:
@@ -163,12 +163,19 @@ def _open(directory: Path, cluster: Cluster, now: datetime, mint: bool) -> Secre
     if record is None:
         if not mint:
             raise BakeError("nothing was minted for this cluster yet", where=directory, remedy="bake it: doit")
-        record = _Record(cluster.name, str(uuid.uuid4()), now.isoformat(), cluster.key_type, {})
+        record = _Record(
+            cluster.name,
+            str(uuid.uuid4()),
+            now.isoformat(),
+            cluster.key_type,
+            (now + cluster.validity.ca).isoformat(),
+            {},
+        )
     install_by = _resolve_install_by(cluster, record, now)
 
     found = {name: _read_listed(directory, name, digest) for name, digest in record.files.items()}
     if not first:
-        _check_lifetimes(directory, cluster, record, now, found[f"ca/{AUTHORITIES[0].name}.crt"])
+        _check_lifetimes(directory, cluster, record, now)
     tokens = {} if first else _read_tokens(directory)
     ssh = {} if first else _read_ssh(directory)
     if not mint:
@@ -176,7 +183,7 @@ def _open(directory: Path, cluster: Cluster, now: datetime, mint: bool) -> Secre
 
     minted = _mint_cluster(cluster, record.time) if first else {}
     minted |= {
-        name: _adopt(directory, name, first) or pki.new_key(cluster.key_type)
+        name: _adopt(directory, name, first) or _new_key(cluster)
         for owner, spec in leaf_owners(cluster)
         if (name := _key_file(owner, spec.name)) not in found
     }
@@ -222,6 +229,7 @@ def _secrets(
         cluster_id=record.id,
         minted=record.time,
         install_by=install_by,
+        authorities_end=record.end,
         authorities={
             spec.name: KeyPair(found[f"ca/{spec.name}.crt"], found[f"ca/{spec.name}.key"]) for spec in AUTHORITIES
         },
@@ -254,12 +262,18 @@ def _resolve_install_by(cluster: Cluster, record: _Record, now: datetime) -> dat
     return install_by
 
 
-def _check_lifetimes(directory: Path, cluster: Cluster, record: _Record, now: datetime, authority: bytes) -> None:
-    """An error when what would be issued has already run out."""
-    ends = pki.load_certificate(authority).not_valid_after_utc
-    if ends <= now:
+def _check_lifetimes(directory: Path, cluster: Cluster, record: _Record, now: datetime) -> None:
+    """An error when what would be issued has already run out, or CAs shall live otherwise than minted."""
+    if record.time + cluster.validity.ca != record.end:
         raise BakeError(
-            f"the authorities of this cluster ended on {ends.date()}",
+            f"this cluster's CAs were minted for {(record.end - record.time).days} days, the cluster file now says "
+            f"{cluster.validity.ca.days}",
+            where=cluster.file,
+            remedy=f"write validity.ca: {(record.end - record.time).days}d again",
+        )
+    if record.end <= now:
+        raise BakeError(
+            f"the authorities of this cluster ended on {record.end.date()}",
             where=directory,
             remedy=_ANEW.format(path=shlex.quote(str(directory))),
         )
@@ -276,6 +290,8 @@ def _check_lifetimes(directory: Path, cluster: Cluster, record: _Record, now: da
 
 def _mint_cluster(cluster: Cluster, minted: datetime) -> dict[str, bytes]:
     """What belongs to the cluster as a whole, path in the store -> bytes."""
+    from recipes.kit import pki
+
     seed = random.token_bytes(32)
     files = {"serial.seed": _text(seed), "encryption.key": _text(random.token_bytes(32))}
     for spec in AUTHORITIES:
@@ -288,6 +304,12 @@ def _mint_cluster(cluster: Cluster, minted: datetime) -> dict[str, bytes]:
         files[f"{name}.key"] = key
         files[f"{name}.pub"] = pki.public_pem(key)
     return files
+
+
+def _new_key(cluster: Cluster) -> bytes:
+    from recipes.kit import pki
+
+    return pki.new_key(cluster.key_type)
 
 
 def _mint_tokens(cluster: Cluster, existing: Mapping[str, Token]) -> dict[str, Token]:
@@ -310,10 +332,10 @@ def _mint_ssh(cluster: Cluster, existing: Mapping[str, SshHostKey]) -> dict[str,
 
 
 def _ssh_host_key(node: str) -> SshHostKey:
-    # Kept as bytes: OpenSSH's format has a random number in it.
-    key = Ed25519PrivateKey.generate()
-    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
-    return SshHostKey(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), f"{public} root@{node}")
+    from recipes.kit import pki
+
+    private, public = pki.new_ssh_host_key()
+    return SshHostKey(private, f"{public} root@{node}")
 
 
 def _letters(count: int) -> str:
@@ -336,7 +358,14 @@ def _read_record(directory: Path, cluster: Cluster) -> _Record | None:
         if not (directory / _MARK).exists() and any((directory / name).exists() for name in left):
             raise _damage(directory, _RECORD, "is missing, though keys are there") from None
         return None
-    record = _Record(**_parse(directory, _RECORD, data))
+    try:
+        record = _Record(**_parse(directory, _RECORD, data))
+    except TypeError:
+        raise BakeError(
+            "this secret store was written by another version of Nodebake",
+            where=directory / _RECORD,
+            remedy=f"bake with that version, or {_ANEW.format(path=shlex.quote(str(directory)))}",
+        ) from None
     if record.cluster != cluster.name:
         raise BakeError(
             f"this secret store belongs to the cluster {record.cluster!r}, the cluster file describes {cluster.name!r}",
@@ -366,6 +395,8 @@ def _adopt(directory: Path, name: str, first: bool) -> bytes | None:
     """A key that was minted for a new machine by a run that was cut off before it could list it."""
     if first:
         return None
+    from recipes.kit import pki
+
     try:
         data = _read(directory, name)
         pki.load_key(data)
