@@ -48,6 +48,7 @@ DOIT_CONFIG = {
     "check_file_uptodate": graph.Checker,
     "reporter": graph.Reporter,
     "verbosity": 2,
+    "default_tasks": ["binaries", "packages", "images", "payload", "node", "volume", "desk", "schema"],
 }
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from recipes.records import read_fetched
+
 ROOT = Path(__file__).parent.parent
 REMEMBERED = ROOT / "build" / "tests" / "choices.json"
 
@@ -98,9 +100,12 @@ def rebaking(baked: Project, tmp_path: Path) -> Project:
 
 @pytest.fixture(scope="session")
 def binaries(baked: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the components' programs, as a control plane gets them."""
+    """A folder with the components' programs: a control plane's, and CoreDNS, which goes into an image."""
     folder = tmp_path_factory.mktemp("programs")
     tarball = baked.root / "build" / "ha" / "payloads" / "control-plane-amd64.tar.gz"
     pattern = ["--wildcards", "--strip-components=4", "opt/nodebake/*/bin/*"]
     subprocess.run(["tar", "-xzf", tarball, "-C", folder, *pattern], check=True)
+    obtained = read_fetched(baked.root / "build" / "ha" / "binaries" / "amd64.json")
+    shutil.copyfile(next(file.path for file in obtained if file.name == "coredns"), folder / "coredns")
+    (folder / "coredns").chmod(0o755)
     return folder
