@@ -34,9 +34,10 @@ def amount(count: int, unit: Unit) -> str:
 
 
 class Lines:
-    """Plain lines for logs: the start of each step, a word every 15 seconds, the end."""
+    """Plain lines for logs: of a step that takes longer than a second a word every 15 seconds, and the end."""
 
     EVERY = 15.0
+    WORTH_TELLING = 1.0
 
     def note(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -58,8 +59,9 @@ class Lines:
                 self.note(f"{title}: {amount(done, unit)}{of}, {told - started:.0f} s")
 
         yield advance
-        if time.monotonic() - started >= 1:
-            self.note(f"{title}: {amount(last, unit)}, {time.monotonic() - started:.0f} s")
+        if time.monotonic() - started >= self.WORTH_TELLING:
+            counted = f"{amount(last, unit)}, " if last else ""
+            self.note(f"{title}: {counted}{time.monotonic() - started:.0f} s")
 
 
 class Bars:
