@@ -116,7 +116,7 @@ def test_the_etcd_and_front_proxy_authorities_never_leave_the_desk(secrets: Secr
 def test_no_worker_and_no_load_balancer_holds_a_key(tmp_path: Path) -> None:
     cluster = samples.balanced()
     secrets = store.open(tmp_path / "s", cluster, now=NOW)
-    for node in (*cluster.workers, *cluster.load_balancers):
+    for node in (*cluster.workers, *cluster.with_role("load-balancer")):
         files = by_path(cluster, node, secrets)
         assert list(files) == ["/etc/kubernetes/pki/kubernetes-ca.crt"]
         assert data(*files.values()) == secrets.authorities["kubernetes"].cert_pem

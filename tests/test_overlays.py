@@ -620,8 +620,8 @@ needs_haproxy = pytest.mark.skipif(not Path("/usr/sbin/haproxy").exists(), reaso
 def test_haproxy_finds_the_live_api_server(machine: Layout, api_server: Running, tmp_path: Path) -> None:
     """The load balancer's configuration as rendered; of its three API servers one is alive."""
     cluster = on_loopback(samples.balanced(), os.getpid() + 1)
-    text = texts(cluster, cluster.load_balancers[0])["/etc/nodebake/haproxy.cfg"]
-    front, live = cluster.load_balancers[0].address, cluster.control_planes[1].address
+    text = texts(cluster, cluster.with_role("load-balancer")[0])["/etc/nodebake/haproxy.cfg"]
+    front, live = cluster.with_role("load-balancer")[0].address, cluster.control_planes[1].address
     config = tmp_path / "haproxy.cfg"
     config.write_text(
         machine.moved(text)

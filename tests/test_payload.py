@@ -50,7 +50,7 @@ def test_each_role_has_its_programs(parts: artifacts.Parts) -> None:
     assert not names(etcd, "images") and not names(etcd, "cni")
     assert "etcd" not in names(parts.payload(external, external.control_planes[0]), "bin")
     balanced = samples.balanced()
-    assert not names(parts.payload(balanced, balanced.load_balancers[0]), "bin")
+    assert not names(parts.payload(balanced, balanced.with_role("load-balancer")[0]), "bin")
 
 
 def test_without_flannel_there_is_no_flanneld(parts: artifacts.Parts) -> None:

@@ -235,10 +235,6 @@ class Cluster:
         return self.with_role("worker")
 
     @cached_property
-    def load_balancers(self) -> tuple[Node, ...]:
-        return self.with_role("load-balancer")
-
-    @cached_property
     def etcd_members(self) -> tuple[Node, ...]:
         return tuple(node for node in self.nodes if node.runs_etcd)
 
