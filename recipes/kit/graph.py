@@ -269,6 +269,7 @@ class Info(DoitCmdBase):  # type: ignore[misc]
     execute_tasks = False
 
     def _execute(self, pos_args: list[str]) -> int:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `doit info | head` is no mistake
         with _told():
             self.loader.namespace["info"](pos_args)
         return 0
