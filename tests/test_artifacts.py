@@ -99,12 +99,14 @@ class Watch:
 
     def _family(self, number: int) -> Iterator[int]:
         yield number
-        for children in Path(f"/proc/{number}/task").glob("*/children"):
-            try:
-                below = [int(word) for word in children.read_text().split()]
-            except OSError:
-                continue
-            for child in below:
+        try:
+            below = [
+                list(map(int, each.read_text().split())) for each in Path(f"/proc/{number}/task").glob("*/children")
+            ]
+        except OSError:  # it has ended
+            return
+        for children in below:
+            for child in children:
                 yield from self._family(child)
 
 
