@@ -71,9 +71,9 @@ class Desk:
         return told
 
     def start(self, *words: str) -> subprocess.Popen[str]:
-        """doit in a process group of its own, as a shell would start it."""
+        """doit in a process group of its own, as a shell starts it: SIGINT is heard, even where pytest ignores it."""
         return subprocess.Popen(
-            self.project.command(*words, f"cluster={self.file}"),
+            ["env", "--default-signal=INT", *self.project.command(*words, f"cluster={self.file}")],
             cwd=self.project.root,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
