@@ -550,3 +550,17 @@ def test_the_reference_names_every_key() -> None:
     shapes = [schema, *schema["$defs"].values()]
     keys = {key for shape in shapes for key in shape.get("properties", {})}
     assert {key for key in keys if not re.search(rf"\b{key}\b", reference)} == set()
+
+
+@pytest.mark.parametrize(
+    "document", [CLUSTERS.parent.parent / "README.md", CLUSTERS / "README.md"], ids=["project", "clusters"]
+)
+def test_whole_cluster_files_in_the_documentation_are_taken(document: Path, tmp_path: Path) -> None:
+    examples = [
+        text for text in re.findall(r"```yaml\n(.*?)```", document.read_text(), re.DOTALL) if "name:" in text[:5]
+    ]
+    assert examples
+    for text in examples:
+        file = tmp_path / "example.yaml"
+        file.write_text(text)
+        assert inventory.load(file, now=NOW).nodes
