@@ -33,25 +33,6 @@ PAYLOAD_LABEL = "nodebake"  # first boot finds a payload volume by it
 FIRST_BOOT = "opt/nodebake/first-boot"  # in the overlay common
 _PROGRAM = "/var/lib/nodebake/first-boot"
 _UNIT = "nodebake-first-boot.service"
-# Tried again every half minute: a medium may be attached late. It succeeds once, then it is over.
-_UNIT_TEXT = f"""\
-[Unit]
-Description=Nodebake: check this machine's artifact and put it in place
-ConditionPathExists=!/var/lib/nodebake/installed
-StartLimitIntervalSec=0
-
-[Service]
-Type=oneshot
-RemainAfterExit=yes
-ExecStart=/bin/sh {_PROGRAM} install
-Restart=on-failure
-RestartSec=30
-TimeoutStartSec=infinity
-StandardOutput=journal+console
-
-[Install]
-WantedBy=multi-user.target
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +45,10 @@ class Seed:
 
 def user_data(cluster: Cluster, node: Node) -> bytes:
     """#cloud-config: who may log in, the host's name, and first boot as a unit that outlives cloud-init."""
-    program = (overlay.OVERLAYS / "common" / FIRST_BOOT).read_text(encoding="utf-8")
+    units = "/etc/systemd/system"
     files = [
-        {"path": _PROGRAM, "permissions": "0755", "content": program},
-        {"path": f"/etc/systemd/system/{_UNIT}", "permissions": "0644", "content": _UNIT_TEXT},
+        {"path": _PROGRAM, "permissions": "0755", "content": _common(FIRST_BOOT)},
+        {"path": f"{units}/{_UNIT}", "permissions": "0644", "content": _common(f"{units}/{_UNIT}")},
     ]
     commands = [
         ["systemctl", "daemon-reload"],
@@ -109,6 +90,10 @@ def user_data(cluster: Cluster, node: Node) -> bytes:
         "runcmd": commands,
     }
     return b"#cloud-config\n" + _dump(config)
+
+
+def _common(path: str) -> str:
+    return (overlay.OVERLAYS / "common" / path.lstrip("/")).read_text(encoding="utf-8")
 
 
 def meta_data(node: Node, digest: str) -> bytes:

@@ -251,6 +251,10 @@ class ClusterFile(Shape):
     users: list[UserShape] = Field(default=[], description="Administrators on every machine")
     arch: Arch = Field(default="amd64", description="Processor architecture")
     media: Media = Field(default="full", description="full: a seed carries all; thin: the payload comes from elsewhere")
+    payload_server: Url | None = Field(
+        default=None,
+        description="Where machines with thin media fetch the payload: the URL of build/<cluster>/payloads",
+    )
     pod_network: Literal["flannel", "none"] = Field(
         default="flannel", description="none: a pod network of your own, by extraObjects"
     )

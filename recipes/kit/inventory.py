@@ -176,6 +176,7 @@ class _Rules:
             dns_domain=shape.networking.dns_domain,
             dns_upstream=tuple(shape.dns_upstream),
             ntp=tuple(shape.machine_network.ntp),
+            payload_server=shape.payload_server,
             pod_network=shape.pod_network,
             flannel_backend=shape.flannel_backend,
             node_cidr_mask=shape.networking.node_cidr_mask_size,

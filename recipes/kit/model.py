@@ -198,6 +198,7 @@ class Cluster:
     dns_domain: str = "cluster.local"
     dns_upstream: tuple[str, ...] = ()  # empty: CoreDNS forwards nowhere
     ntp: tuple[str, ...] = ()
+    payload_server: str | None = None  # URL of the folder with the payloads, for thin media
     pod_network: Literal["flannel", "none"] = "flannel"
     flannel_backend: Literal["vxlan", "host-gw"] = "vxlan"
     node_cidr_mask: int = 24
