@@ -1,0 +1,270 @@
+"""First boot's checks of the machine: a real Debian 13 in a chroot whose kernel is described by plain files.
+
+What the checks read of the kernel (/proc, /sys) is laid out as files there, so that each lack can be provoked alone.
+That a machine as it should be is accepted is shown by the lab, which boots some.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from recipes.kit import store
+from recipes.kit.model import Cluster, Node
+from tests import artifacts, samples
+from tests.lab import host, rootfs
+
+NOW = datetime.now(tz=UTC)
+PROGRAM = Path(__file__).parents[1] / "overlays/common/opt/nodebake/first-boot"
+FIB_TRIE = """Local:
+  +-- 0.0.0.0/0 3 0 5
+     |-- {address}
+        /32 host LOCAL
+"""
+PROC = {
+    "meminfo": "MemTotal:        4000000 kB\nMemFree:         3000000 kB\n",
+    "swaps": "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n",
+    "net/tcp": "  sl  local_address rem_address   st\n   0: 00000000:0016 00000000:0000 0A\n",
+    "net/tcp6": "  sl  local_address rem_address   st\n",
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_the_lab_needs() -> None:
+    if (lack := host.lacking()) is not None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(lack)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A chroot, and the medium that it is given."""
+
+    root: Path
+
+    def path(self, name: str) -> Path:
+        return self.root / name.lstrip("/")
+
+    def write(self, name: str, text: str) -> None:
+        self.path(name).parent.mkdir(parents=True, exist_ok=True)
+        self.path(name).write_text(text)
+
+    def command(self) -> list[str]:
+        return ["chroot", str(self.root), "/bin/sh", "/medium/first-boot", "install", "--medium", "/medium"]
+
+    def first_boot(self) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(self.command(), capture_output=True, text=True, timeout=120)
+
+    def files(self) -> set[tuple[str, int, int]]:
+        """Path, size and time of every file but first boot's own notes."""
+        found = (path for path in self.root.rglob("*") if not path.is_dir() or path.is_symlink())
+        stats = ((path.relative_to(self.root).as_posix(), path.lstat()) for path in found)
+        return {
+            (name, stat.st_size, stat.st_mtime_ns) for name, stat in stats if not name.startswith("var/lib/nodebake/")
+        }
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> artifacts.Parts:
+    return artifacts.Parts(tmp_path_factory.mktemp("parts"))
+
+
+def bake(folder: Path, parts: artifacts.Parts, cluster: Cluster, node: Node, minted: datetime = NOW) -> Path:
+    secrets = store.open(folder / "secrets", cluster, now=minted)
+    _, tarball = artifacts.bake(folder, cluster, node, parts, secrets)
+    return tarball
+
+
+@pytest.fixture(scope="module")
+def tarballs(tmp_path_factory: pytest.TempPathFactory, parts: artifacts.Parts) -> dict[str, Path]:
+    """Of worker-1 and control-1: what the sample cluster gives; and what was baked at other times or for others."""
+    folder = tmp_path_factory.mktemp("tarballs")
+    cluster = samples.ha()
+    worker = cluster.workers[0]
+    return {
+        "worker": bake(folder / "now", parts, cluster, worker),
+        "control-plane": bake(folder / "now", parts, cluster, cluster.control_planes[0]),
+        "tomorrow": bake(folder / "tomorrow", parts, cluster, worker, NOW + timedelta(days=1)),
+        "last year": bake(folder / "past", parts, cluster, worker, NOW - timedelta(days=365)),
+        "with a serial": bake(folder / "serial", parts, cluster, replace(worker, serial="CZ1900AA01")),
+        "arm64": bake(
+            folder / "arm64",
+            artifacts.Parts(folder / "arm64" / "parts", "arm64"),
+            cluster,
+            replace(worker, arch="arm64"),
+        ),
+    }
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    """worker-1 as it should be, and control-1 too."""
+    for name in ("upper", "work", "root"):
+        (tmp_path / name).mkdir()
+    root = tmp_path / "root"
+    layers = f"lowerdir={rootfs.obtain()},upperdir={tmp_path / 'upper'},workdir={tmp_path / 'work'}"
+    host.run(["mount", "-t", "overlay", "overlay", "-o", layers, root])
+    try:
+        machine = Machine(root)
+        for name, text in PROC.items():
+            machine.write(f"/proc/{name}", text)
+        machine.write("/proc/net/fib_trie", FIB_TRIE.format(address="192.168.10.21"))
+        machine.write("/sys/class/net/eth0/address", "52:54:00:00:10:15\n")
+        machine.write("/sys/class/dmi/id/product_serial", "VM-1\n")
+        machine.path("/run/systemd/system").mkdir(parents=True)
+        for module in ("overlay", "br_netfilter", "nf_conntrack", "nf_tables", "vxlan"):
+            machine.path(f"/sys/module/{module}").mkdir(parents=True)
+        if not machine.path("/dev/null").exists():
+            host.run(["mknod", "-m", "666", machine.path("/dev/null"), "c", "1", "3"])
+        machine.path("/medium").mkdir()
+        shutil.copy(PROGRAM, machine.path("/medium/first-boot"))
+        yield machine
+    finally:
+        host.run(["umount", root])
+
+
+def another_card(machine: Machine) -> None:
+    machine.write("/sys/class/net/eth0/address", "52:54:00:00:10:16\n")
+
+
+def another_address(machine: Machine) -> None:
+    machine.write("/proc/net/fib_trie", FIB_TRIE.format(address="192.168.10.22"))
+
+
+def another_system(machine: Machine) -> None:
+    machine.path("/etc/os-release").unlink()
+    machine.write("/etc/os-release", 'ID=debian\nVERSION_ID="12"\n')
+
+
+def no_systemd(machine: Machine) -> None:
+    machine.path("/run/systemd/system").rmdir()
+
+
+def little_memory(machine: Machine) -> None:
+    machine.write("/proc/meminfo", "MemTotal:         500000 kB\n")
+
+
+def swap(machine: Machine) -> None:
+    machine.write("/proc/swaps", PROC["swaps"] + "/dev/vda2 partition 1000 0 -2\n")
+
+
+def taken_port(machine: Machine) -> None:
+    machine.write("/proc/net/tcp", PROC["net/tcp"] + "   1: 00000000:280A 00000000:0000 0A\n")
+
+
+def taken_number(machine: Machine) -> None:
+    with machine.path("/etc/passwd").open("a") as file:
+        file.write("somebody:x:801:801::/:/bin/sh\n")
+
+
+def taken_group(machine: Machine) -> None:
+    with machine.path("/etc/group").open("a") as file:
+        file.write("kube-scheduler:x:77:\n")
+
+
+def lacking_module(machine: Machine) -> None:
+    machine.path("/sys/module/vxlan").rmdir()
+
+
+def foreign_data(machine: Machine) -> None:
+    machine.path("/var/lib/etcd/member").mkdir(parents=True)
+    machine.write("/proc/net/fib_trie", FIB_TRIE.format(address="192.168.10.11"))
+    machine.write("/sys/class/net/eth0/address", "52:54:00:00:10:0b\n")
+
+
+def unfit_package(machine: Machine) -> None:
+    """haproxy may not be installed here: something that is there says that it conflicts with it."""
+    status = machine.path("/var/lib/dpkg/status")
+    stanza = "Package: odd\nStatus: install ok installed\nMaintainer: x\nArchitecture: all\nVersion: 1\n"
+    text = f"{stanza}Conflicts: haproxy\nEssential: yes\nProtected: yes\nDescription: odd\n\n"
+    status.write_text(status.read_text().rstrip("\n") + "\n\n" + text)
+
+
+def nothing(machine: Machine) -> None:
+    pass
+
+
+REFUSED: list[tuple[int, str, Callable[[Machine], None], str]] = [
+    (80, "worker", another_card, "no network card has the MAC address 52:54:00:00:10:15 of worker-1"),
+    (81, "with a serial", nothing, "serial number is 'VM-1', worker-1's is 'CZ1900AA01'"),
+    (82, "worker", another_address, "has no address 192.168.10.21"),
+    (83, "arm64", nothing, "this machine is amd64, the artifact is for arm64"),
+    (84, "worker", another_system, "runs 'debian 12'"),
+    (84, "worker", no_systemd, "systemd does not run"),
+    (85, "tomorrow", nothing, "before the bake"),
+    (86, "last year", nothing, "installBy was"),
+    (87, "control-plane", foreign_data, "/var/lib/etcd holds data"),
+    (89, "worker", little_memory, "has 488 MiB of memory; a machine of the role worker needs 900"),
+    (90, "worker", swap, "swap is on: /dev/vda2"),
+    (91, "worker", taken_port, "port 10250, which kubelet needs, is taken"),
+    (92, "worker", taken_number, "801 is 'somebody'"),
+    (92, "worker", taken_group, "kube-scheduler is '77'"),
+    (93, "worker", unfit_package, "packages do not fit"),
+    (94, "worker", lacking_module, "has no module vxlan"),
+]
+
+
+@pytest.mark.parametrize(
+    ("code", "which", "change", "said"), REFUSED, ids=[f"{code}-{change.__name__}" for code, _, change, _ in REFUSED]
+)
+def test_a_machine_that_does_not_fit_is_refused_unchanged(
+    machine: Machine,
+    tarballs: dict[str, Path],
+    code: int,
+    which: str,
+    change: Callable[[Machine], None],
+    said: str,
+) -> None:
+    shutil.copy(tarballs[which], machine.path("/medium/node.tar.gz"))
+    change(machine)
+    before = machine.files()
+    done = machine.first_boot()
+    assert done.returncode == code, done.stdout + done.stderr
+    assert said in done.stderr and "->" in done.stderr
+    assert machine.files() == before, "a refused machine is as it was"
+    left = {path.name for path in machine.path("/var/lib/nodebake").iterdir()}
+    assert left == {"lock", "journal", "first-boot"}
+    refusal = done.stderr.splitlines()[0].removeprefix("first-boot: ")
+    assert f"machine refused {refusal}\n" in machine.path("/var/lib/nodebake/journal").read_text()
+
+
+def test_too_small_a_disk_is_refused(machine: Machine, tarballs: dict[str, Path]) -> None:
+    shutil.copy(tarballs["worker"], machine.path("/medium/node.tar.gz"))
+    os.truncate(machine.path("/medium/node.tar.gz"), 1 << 40)  # a sparse file that nothing could hold
+    done = machine.first_boot()
+    assert done.returncode == 88 and "MiB are needed" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("which", ["worker", "control-plane"])
+def test_a_machine_that_fits_goes_on_to_its_units(machine: Machine, tarballs: dict[str, Path], which: str) -> None:
+    """No systemd runs in a chroot, so nothing is started there; what comes before has been done."""
+    shutil.copy(tarballs[which], machine.path("/medium/node.tar.gz"))
+    if which == "control-plane":
+        foreign_data(machine)
+        machine.path("/var/lib/etcd/member").rmdir()
+    machine.path("/usr/local/bin").mkdir(exist_ok=True)
+    journal = machine.path("/var/lib/nodebake/journal")
+    with subprocess.Popen(machine.command(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            assert process.stdout is not None
+            said = []
+            for line in process.stdout:
+                said.append(line)
+                if "waiting until this machine is healthy" in line:
+                    break
+        finally:
+            process.kill()
+    steps = [tuple(line.split(" ", 3)[1:3]) for line in journal.read_text().splitlines()]
+    order = ["medium", "verify", "machine", "place", "packages", "users", "units"]
+    assert steps[:14] == [(step, state) for step in order for state in ("begun", "done")], "".join(said)
+    assert "etcd:x:801:801:" in machine.path("/etc/passwd").read_text()
+    installed = machine.path("/var/lib/dpkg/info/nftables.list").exists()
+    assert installed, "the artifact's packages are installed"
+    assert not machine.path("/var/lib/nodebake/installed").exists(), "it is not healthy yet"
+    assert machine.path("/var/lib/nodebake/placed").exists()
