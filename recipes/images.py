@@ -220,14 +220,22 @@ def _json(value: Any) -> bytes:
 
 
 def _operators_reference(given: str, arch: Arch, cluster: Cluster, desk: Desk) -> Image:
-    """Pulled by digest. It answers to its digest and, where it has one, to its tag: either way a pod may ask for it."""
+    """Pulled by digest."""
     tagged, _, digest = given.partition("@")
-    repository = re.sub(r":[^/:]*$", "", tagged)
-    names = [f"{repository}@{digest}", *([tagged] if tagged != repository else [])]
     host = split_reference(given)[0].replace("registry-1.docker.io", "docker.io")
     registry = next((registry for registry in cluster.registries if registry.host == host), None)
     pulled = pull_image(given, digest, arch, desk, credentials=_credentials(registry) if registry else None)
-    return _packed(given, given, names, pulled, desk, Origin(tagged, digest, "operator"))
+    return _packed(given, given, names_in_containerd(given), pulled, desk, Origin(tagged, digest, "operator"))
+
+
+def names_in_containerd(reference: str) -> list[str]:
+    """What containerd files an image's archive as. An image by digest answers to its digest and, where it has one, to
+    its tag: either way a pod may ask for it."""
+    tagged, at, digest = reference.partition("@")
+    if not at:
+        return [reference]
+    repository = re.sub(r":[^/:]*$", "", tagged)
+    return [f"{repository}@{digest}", *([tagged] if tagged != repository else [])]
 
 
 def _operators_archive(path: Path, arch: Arch, cluster: Cluster, desk: Desk) -> list[Image]:

@@ -67,7 +67,7 @@ def files(
     rendered = overlay.payload(cluster, role, arch, {image.name: image.reference for image in images})
     found = [*baked, *rendered]
     if role in ("control-plane", "worker"):
-        found += container_images.registry_files(cluster)
+        found += [_image_list(images), *container_images.registry_files(cluster)]
     return sorted([*found, *wanted_links(found)], key=lambda file: file.path)
 
 
@@ -195,6 +195,17 @@ def _baked(
             for path, mode, fetched in placed
         ),
     ]
+
+
+def _image_list(images: Sequence[Image]) -> File:
+    """What import-images keeps in containerd's store: SHA-256 of the archive, its file name, reference; one a line."""
+    archives = {fetched.sha256: name for name, fetched in _archives(images).items()}
+    lines = [
+        f"{image.archive.sha256} {archives[image.archive.sha256]} {reference}\n"
+        for image in images
+        for reference in container_images.names_in_containerd(image.reference)
+    ]
+    return File("/etc/nodebake/images", data="".join(sorted(set(lines))).encode())
 
 
 def _archives(images: Sequence[Image]) -> dict[str, Fetched]:

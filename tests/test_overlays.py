@@ -396,39 +396,6 @@ def test_an_empty_subnet_file_writes_no_conflist(tmp_path: Path) -> None:
     assert not (tmp_path / "conflist").exists()
 
 
-def test_images_are_imported_once_for_each_payload(tmp_path: Path) -> None:
-    text = texts(samples.ha(), samples.ha().workers[0])["/usr/local/lib/nodebake/import-images"]
-    program = tmp_path / "program"
-    program.write_text(
-        text.replace("/opt/nodebake", str(tmp_path)).replace("/var/lib/containerd", str(tmp_path / "store"))
-    )
-    (tmp_path / "store").mkdir()
-    for digest in ("aaaa", "bbbb"):
-        (tmp_path / digest / "images").mkdir(parents=True)
-        (tmp_path / digest / "bin").mkdir()
-        (tmp_path / digest / "images/pause.tar").touch()
-        (tmp_path / digest / "bin/ctr").write_text(
-            f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\n[ ! -e {tmp_path}/broken ]\n'
-        )
-        (tmp_path / digest / "bin/ctr").chmod(0o755)
-
-    def run(digest: str) -> int:
-        (tmp_path / "current").unlink(missing_ok=True)
-        (tmp_path / "current").symlink_to(digest)
-        return subprocess.run(["sh", program], capture_output=True).returncode
-
-    def calls() -> int:
-        return len((tmp_path / "calls").read_text().splitlines())
-
-    (tmp_path / "broken").touch()
-    assert run("aaaa") != 0
-    (tmp_path / "broken").unlink()
-    assert (run("aaaa"), calls()) == (0, 2)
-    assert (run("aaaa"), calls()) == (0, 2)
-    assert (run("bbbb"), calls()) == (0, 3)
-    assert "--label=io.cri-containerd.pinned=pinned" in (tmp_path / "calls").read_text()
-
-
 # ---- the real programs
 
 
