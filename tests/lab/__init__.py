@@ -1,0 +1,1 @@
+"""The lab: whole machines on one host, booted from what was baked. README.md beside this file."""

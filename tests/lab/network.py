@@ -1,0 +1,105 @@
+"""The switch that the machines' cards are plugged into: a bridge in the lab's namespace, without an uplink.
+
+The lab itself has an address in each of the machines' networks, for kubectl. Where machines are in several networks it
+is their gateway too, since somebody has to be their router.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from ipaddress import IPv4Address, IPv4Network
+
+from recipes.kit.model import Cluster, Node
+from tests.lab import wire
+from tests.lab.host import LabError
+from tests.lab.namespaces import Namespaces
+from tests.lab.wire import Stray
+
+_BRIDGE = "lab"
+_DISABLED, _FORWARDING = "0", "3"  # states of a bridge's port
+
+
+class Switch:
+    def __init__(self, cluster: Cluster, namespaces: Namespaces) -> None:
+        self._cluster, self._namespaces = cluster, namespaces
+        self._numbers = {node.name: number for number, node in enumerate(cluster.nodes)}
+        self._mtu = str(max(1500, *(node.network.mtu or 0 for node in cluster.nodes)))
+        self._networks = sorted({interface.network for node in cluster.nodes for interface in node.network.addresses})
+        routed = len({node.network.addresses[0].network for node in cluster.nodes}) > 1
+        self.addresses = {network: self._address_in(network, routed) for network in self._networks}
+        self._batch(
+            f"link add {_BRIDGE} type bridge mcast_snooping 0",
+            *(
+                f"address add {address}/{network.prefixlen} dev {_BRIDGE}"
+                for network, address in self.addresses.items()
+            ),
+            f"link set {_BRIDGE} mtu {self._mtu} up",
+        )
+        namespaces.run(["nft", "-f", "-"], stdin=self._rules())
+        if routed:
+            namespaces.run(["sh", "-c", "echo 1 >/proc/sys/net/ipv4/ip_forward"])
+
+    def plug_in(self, node: Node) -> str:
+        """Fresh cards for a machine, in a network namespace of that name."""
+        network = node.network
+        if network.bond is not None or network.vlan is not None:
+            raise LabError(
+                "The lab has no bonds and no VLANs",
+                where=node.name,
+                remedy="Use a cluster file with one card for each machine, as in tests/lab/clusters.",
+            )
+        self.unplug(node)
+        namespace = f"m{self._numbers[node.name]}"
+        self._batch(f"netns add {namespace}", *self._cards(node, namespace))
+        return namespace
+
+    def unplug(self, node: Node) -> None:
+        """The cards are gone, with everything that the machine's kernel knew: addresses, routes, rules."""
+        namespace = f"m{self._numbers[node.name]}"
+        if self._namespaces.path(f"/run/netns/{namespace}").exists():
+            self._batch(f"netns del {namespace}")
+
+    def set_forwarding(self, node: Node, forwarding: bool) -> None:
+        """Whether the switch carries the machine's frames. Its cards keep their link, as behind a broken switch."""
+        state = _FORWARDING if forwarding else _DISABLED
+        self._batch(*(f"link set {port} type bridge_slave state {state}" for port in self._ports(node)))
+
+    def strays(self) -> list[Stray]:
+        names = {port: node.name for node in self._cluster.nodes for port in self._ports(node)}
+        return wire.strays(self._namespaces.run(wire.LISTING).stdout, names, self._gateways())
+
+    def _ports(self, node: Node) -> list[str]:
+        return [f"p{self._numbers[node.name]}n{number}" for number in range(len(node.network.links))]
+
+    def _cards(self, node: Node, namespace: str) -> Iterator[str]:
+        for number, (port, link) in enumerate(zip(self._ports(node), node.network.links, strict=True)):
+            # Names that are patterns stand for whatever a card is called.
+            name = f"enp{number + 1}s0" if set("*?[") & set(link.name) else link.name
+            mac = link.mac or (b"\2\0" + (256 * self._numbers[node.name] + number).to_bytes(4, "big")).hex(":")
+            peer = f"peer name {name} address {mac} mtu {self._mtu} netns {namespace}"
+            yield f"link add {port} mtu {self._mtu} type veth {peer}"
+            yield f"link set {port} master {_BRIDGE} up"
+
+    def _rules(self) -> str:
+        known = [address for node in self._cluster.nodes for address in node.addresses]
+        known += [*self.addresses.values(), *([self._cluster.vip] if self._cluster.vip else [])]
+        cluster = [self._cluster.pod_subnet, self._cluster.service_subnet]
+        return wire.rules([*self._networks, *cluster], known, cluster)
+
+    def _gateways(self) -> set[IPv4Address]:
+        return {node.network.gateway for node in self._cluster.nodes if node.network.gateway is not None}
+
+    def _address_in(self, network: IPv4Network, routed: bool) -> IPv4Address:
+        """The gateway's, where there is a need for one, else one that nobody has or asks for."""
+        if routed and (gateways := [gateway for gateway in self._gateways() if gateway in network]):
+            return gateways[0]
+        taken = self._gateways() | {address for node in self._cluster.nodes for address in node.addresses}
+        taken |= {address for node in self._cluster.nodes for address in node.network.nameservers}
+        others = {str(self._cluster.vip), *self._cluster.ntp, *self._cluster.dns_upstream}
+        for number in range(network.num_addresses - 2, 0, -1):
+            if network[number] not in taken and str(network[number]) not in others:
+                return network[number]
+        raise LabError(f"Every address of {network} is taken", remedy="Use a larger network in the lab.")
+
+    def _batch(self, *lines: str) -> None:
+        self._namespaces.run(["ip", "-batch", "-"], stdin="".join(f"{line}\n" for line in lines))

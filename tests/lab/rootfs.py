@@ -1,0 +1,101 @@
+"""The machines' disk as their operator would install it: a minimal Debian 13 with cloud-init, made once and kept.
+
+It lacks what the artifact has to bring (HAProxy, conntrack, nftables, python3-cryptography ...). Network by
+systemd-networkd: netplan and ifupdown are left out, since netplan matches a card's permanent MAC address, which a veth
+does not have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+from recipes.kit.locks import locked
+from tests.lab import host
+from tests.lab.host import KEYRING, LAB, Argument, LabError
+
+SUITE = "trixie"
+PACKAGES = (
+    "ca-certificates",
+    "cloud-init",
+    "dbus",
+    "init",
+    "iproute2",
+    "iputils-ping",
+    "libarchive-tools",  # for the lab: stands in for the kernel's driver of ISO 9660, see shims/usr/local/sbin/mount
+    "libpam-systemd",
+    "openssh-server",
+    "systemd-resolved",
+    "systemd-sysv",
+    "systemd-timesyncd",
+    "udev",
+)
+_OPTIONS = (
+    "--mode=root",
+    "--variant=minbase",
+    "--format=directory",
+    f"--keyring={KEYRING}",
+    '--aptopt=APT::Install-Recommends "false"',
+    '--aptopt=Acquire::Check-Valid-Until "false"',  # a desk's mirror may be a snapshot
+    "--dpkgopt=path-exclude=/usr/share/man/*",
+    "--dpkgopt=path-exclude=/usr/share/doc/*",
+    "--dpkgopt=path-exclude=/usr/share/locale/*",
+    '--customize-hook=chroot "$1" systemctl --quiet enable systemd-networkd',
+    # As in an image for clouds: nothing that one machine has for itself.
+    '--customize-hook=rm -f "$1"/etc/ssh/ssh_host_* "$1"/etc/hostname "$1"/etc/resolv.conf',
+    '--customize-hook=: > "$1"/etc/machine-id',
+    '--customize-hook=ln -s ../run/systemd/resolve/stub-resolv.conf "$1"/etc/resolv.conf',
+)
+
+
+def obtain(folder: Path = LAB / "rootfs") -> Path:
+    """The root, made now (about a minute) if it is not there: folder/<digest of what it is made from>. Never written
+    to by machines. Raises LabError where the desk's mirrors have no Debian 13."""
+    wanted = json.dumps([SUITE, PACKAGES, _OPTIONS]).encode()
+    root = folder / hashlib.sha256(wanted).hexdigest()[:16]
+    with locked(folder / "lock"):
+        if not root.exists():
+            _make(root)
+    return root
+
+
+def _make(root: Path) -> None:
+    made = root.with_suffix(".part")
+    told = []
+    for mirror in mirrors():
+        shutil.rmtree(made, ignore_errors=True)
+        command: list[Argument] = [
+            "mmdebstrap",
+            *_OPTIONS,
+            f"--include={','.join(PACKAGES)}",
+            SUITE,
+            made,
+            f"deb {mirror} {SUITE} main",
+        ]
+        done = host.run(command, check=False, timeout=1800)
+        if done.returncode == 0:
+            made.rename(root)
+            return
+        told.append(f"{mirror}: {'; '.join(re.findall(r'^E: .*', done.stderr, re.MULTILINE)) or done.stderr[-500:]}")
+    shutil.rmtree(made, ignore_errors=True)
+    raise LabError(
+        "No Debian 13 (trixie) for the lab's machines: " + ("\n".join(told) or "this host's apt knows no mirror"),
+        where="/etc/apt",
+        remedy="Give apt a source of Debian's archive, and try again.",
+    )
+
+
+def mirrors() -> list[str]:
+    """The archives that this host's apt is told to take its packages from, Debian's own first."""
+    listed = host.run(
+        [
+            *("apt-get", "indextargets", "--format", "$(ORIGIN)|$(LABEL)|$(COMPONENT)|$(REPO_URI)"),
+            "Created-By: Packages",
+        ]
+    ).stdout.splitlines()
+    entries = [line.split("|") for line in listed]
+    main = [(origin, uri) for origin, label, part, uri in entries if part == "main" and "Security" not in label]
+    return list(dict.fromkeys(uri for _, uri in sorted(main, key=lambda entry: entry[0] != "Debian")))
