@@ -8,14 +8,16 @@ machine itself makes at run time.
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import lzma
+import posixpath
 import re
 import subprocess
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache, cached_property, lru_cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, replace
+from functools import cache, lru_cache
+from io import BufferedIOBase, BufferedReader, BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,7 +25,7 @@ import yaml
 
 from recipes.kit import manifest, shell
 from recipes.kit.errors import BakeError, BakeErrors
-from recipes.kit.model import USERS, Arch, Cluster, File, Image, Node
+from recipes.kit.model import USERS, Arch, Cluster, File, Image, Node, Role
 
 SYSTEM = Path(__file__).with_name("system.yaml")
 MACHINES: dict[Arch, int] = {"amd64": 62, "arm64": 183}  # ELF's e_machine
@@ -45,123 +47,156 @@ _ARCHIVES = re.compile(r"/opt/nodebake/[0-9a-f]+/images/[^/]+")
 _PROGRAMS = re.compile(r"/opt/nodebake/[0-9a-f]+/(?:bin|cni)/[^/]+")
 _DEBS = re.compile(r"/opt/nodebake/[0-9a-f]+/packages/[^/]+\.deb")
 _NAME = "io.containerd.image.name"
+_MERGED = {f"/{name}": f"usr/{name}" for name in ("bin", "sbin", "lib")}
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _SHELLS = ("#!/bin/sh", "#!/bin/bash")
 _CONSTANT = re.compile(r"^\s*(\w+)=(/[\w./-]+)$", re.MULTILINE)
 
 
-def prove(
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a file names. It is met where one of any_of is there: paths on the machine, or full names of images; never
+    where there is none. With a reader, a user, it is met unless the one path is a file of ours that this user may not
+    read."""
+
+    what: str  # told when it is not met
+    where: str  # the file that names it
+    any_of: tuple[str, ...] = ()
+    reader: str | None = None
+    remedy: str = "bake what is named, or correct the name"
+
+
+@dataclass(frozen=True, slots=True)
+class Proven:
+    """A payload as far as it can be proven without a machine: what it brings, and what it leaves to each machine."""
+
+    there: frozenset[str]  # paths of files and folders, those of its Debian packages too; full names of images
+    links: Mapping[str, str]  # path -> target
+    asks: tuple[Ask, ...]
+
+    def as_record(self) -> dict[str, Any]:
+        """As JSON has it; read back by from_record()."""
+        return {"there": sorted(self.there), "links": dict(self.links), "asks": [asdict(ask) for ask in self.asks]}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Proven:
+        asks = (Ask(**{**ask, "any_of": tuple(ask["any_of"])}) for ask in record["asks"])
+        return cls(frozenset(record["there"]), record["links"], tuple(asks))
+
+
+def prove_payload(
     files: Sequence[File],
     cluster: Cluster,
-    node: Node,
+    role: Role,
+    arch: Arch,
     images: Sequence[Image] = (),
     packages: Sequence[str] = (),
-) -> None:
-    """Raises BakeErrors that name every hole in one node's artifact.
+) -> Proven:
+    """Proves what all machines of one role and architecture share (its manifest may be left out).
 
-    files: payload and identity together (manifests may be left out). images: what the payload was given; each of its
-    references must be a name that an archive really has. packages: Debian packages that the overlays ask for; programs
-    call what is in them unseen (kube-proxy calls nft), so each must be there, or a part of the minimal system.
+    images: what the payload was given; each of its references must be a name that an archive really has. packages:
+    Debian packages that the overlays ask for; programs call what is in them unseen (kube-proxy calls nft), so each must
+    be there, or a part of the minimal system. BakeErrors name every hole that no machine can fill.
     """
-    machine = _Machine(files)
-    holes: list[BakeError] = []
+    asks = [ask for file in files for ask in _asks(file, cluster)]
+    asks += [ask for file in files for ask in _foreign(file, arch)]
+    asks += _missing(files, role, arch, packages)
+    if role in ("control-plane", "worker"):
+        asks += [_listed(image) for image in images]
+    brought = _brought(files)
+    machine = _Machine(brought.there, brought.links, files)
+    unmet = {ask for ask in asks if not machine.met(ask)}
+    _raise([ask for ask in asks if ask in unmet and (not ask.any_of or ask.reader)])
+    unmet |= {ask for ask in asks if ask.reader and not machine.has(ask.any_of[0])}
+    return replace(brought, asks=tuple(dict.fromkeys(ask for ask in asks if ask in unmet)))
+
+
+def prove(proven: Proven, cluster: Cluster, node: Node, identity: Sequence[File]) -> None:
+    """Proves one machine: its identity upon its proven payload. BakeErrors name every hole in the two together."""
+    brought = _brought(identity)
+    machine = _Machine(proven.there | brought.there, {**proven.links, **brought.links}, identity)
+    asks = [*proven.asks, *(ask for file in identity for ask in _asks(file, cluster))]
+    asks += [
+        Ask("the payload, or a package in it, brings this file too", file.path, remedy="take it out of one of the two")
+        for file in identity
+        if file.path in proven.there
+    ]
+    _raise([ask for ask in asks if not machine.met(ask)], of=f"{node.name}:")
+
+
+def _raise(unmet: Sequence[Ask], of: str = "") -> None:
+    if unmet:
+        raise BakeErrors([BakeError(ask.what, where=f"{of}{ask.where}", remedy=ask.remedy) for ask in unmet])
+
+
+def _brought(files: Sequence[File]) -> Proven:
+    there: set[str] = set()
     for file in files:
-        if file.link is not None:
-            holes += _link(machine, file)
-        elif _PROGRAMS.fullmatch(file.path):
-            holes += _program(file, node.arch)
-        elif _DEBS.fullmatch(file.path):
-            holes += _deb(file, node.arch)
-        text = _text(file)
-        if text is not None:
-            text = _constants_filled_in(text) if text.startswith(_SHELLS) else text
-            holes += _paths(machine, file, text)
-            if text.startswith(_SHELLS) or file.path.startswith("/etc/profile.d/"):
-                holes += _commands(machine, file, (file.data or b"").decode())
-            if str(PurePosixPath(file.path).parent) == _UNITS or re.search(r"\.(service|timer|path)\.d/", file.path):
-                holes += _unit(machine, file, text)
-    holes += _images(files, cluster, node, images)
-    holes += _packages(files, node, packages)
-    if holes:
-        raise BakeErrors(holes)
+        there.update((file.path, *_folders(file.path)))
+        if file.path.startswith("/etc/tmpfiles.d/"):  # what systemd-tmpfiles makes there
+            there.update(path.decode() for path in _MADE.findall(file.data or b""))
+        elif file.source is not None and _DEBS.fullmatch(file.path):
+            there |= _deb_members(file.source, file.sha256)
+        elif file.source is not None and _ARCHIVES.fullmatch(file.path):
+            there |= _archive(file.source, file.sha256).names
+    return Proven(frozenset(there), {file.path: file.link for file in files if file.link is not None}, ())
+
+
+def _folders(path: str) -> Iterator[str]:
+    """The folders that a path lies in, from the root on, without the root itself."""
+    return (path[: slash.start()] for slash in re.finditer("/", path) if slash.start())
 
 
 class _Machine:
     """What there is on the machine once the artifact is unpacked and its packages are installed."""
 
-    def __init__(self, files: Sequence[File]) -> None:
-        self.files = {file.path: file for file in files}
-        self.folders = {str(folder) for path in self.files for folder in PurePosixPath(path).parents}
-        for file in files:  # what systemd-tmpfiles makes there
-            if file.path.startswith("/etc/tmpfiles.d/"):
-                self.folders |= {path.decode() for path in _MADE.findall(file.data or b"")}
-        self._links = {file.path: file.link for file in files if file.link is not None}
-        self._debs = [
-            (file.source, file.sha256) for file in files if _DEBS.fullmatch(file.path) and file.source is not None
-        ]
+    def __init__(self, there: Set[str], links: Mapping[str, str], files: Iterable[File]) -> None:
+        self._there = there
+        self._links = {**_MERGED, **links}
+        self._files = {file.path: file for file in files}  # whose modes are known
 
-    def resolve(self, path: str, depth: int = 0) -> str:
-        """The path behind the artifact's own links and Debian's merged /usr."""
-        parts = PurePosixPath(path).parts
-        for count in range(2, len(parts) + 1):
-            folder = str(PurePosixPath(*parts[:count]))
-            link = self._links.get(folder)
-            if link is None and count == 2 and folder in ("/bin", "/sbin", "/lib"):
-                link = f"usr{folder}"
-            if link is not None and depth < 40:
-                target = _normal_path(f"{PurePosixPath(folder).parent}/{link}" if link[0] != "/" else link)
-                return self.resolve(str(PurePosixPath(target, *parts[count:])), depth + 1)
-        return path
+    def met(self, ask: Ask) -> bool:
+        if ask.reader is None:
+            return any(map(self.has, ask.any_of))
+        read = self._files.get(self.resolve(ask.any_of[0]))
+        return read is None or bool(read.mode & 0o004) or read.owner == ask.reader
 
-    def has(self, *paths: str) -> bool:
-        """Whether one of the paths is there; unpacking packages comes last, for it takes seconds."""
-        return any(self._known(path) for path in paths) or any(self._place(path) in self._unpacked for path in paths)
-
-    def _place(self, path: str) -> str:
-        """Where a path leads. Of a pattern that matches nothing today, which may stay so, its folder."""
-        found = self.resolve(_normal_path(path))
-        return self._place(_folder(found)) if _is_pattern(found) else found
-
-    def _known(self, path: str) -> bool:
-        """Whether it is there, by all that is quick to ask."""
-        path = _normal_path(path)
-        if path in _system("paths") or any(f"{path}/".startswith(f"{known}/") for known in _system("runtime")):
+    def has(self, name: str) -> bool:
+        if not name.startswith("/"):  # an image
+            return name in self._there
+        path = posixpath.normpath(name)
+        if path in _system("paths") or f"{path}/".startswith(_runtime()):
             return True
         found = self.resolve(path)
-        if _is_pattern(found):
-            return self._known(_folder(found))
-        if found in self.files or found in self.folders or found in _system("paths"):
-            return True
-        pure = PurePosixPath(found)
-        if str(pure.parent) in ("/usr/bin", "/usr/sbin") and pure.name in _system("programs"):
-            return True
-        return found in self._listed
+        if _is_pattern(found):  # it matches nothing today, which may stay so: its folder must be there
+            return self.has(_folder(found))
+        folder, _, last = found.rpartition("/")
+        return (
+            (found in self._there and found not in self._links)  # a link that resolve() gave up on goes in circles
+            or found in _system("paths")
+            or (folder in ("/usr/bin", "/usr/sbin") and last in _system("programs"))
+        )
 
-    def has_command(self, name: str) -> bool:
-        folders = ("/opt/nodebake/current/bin", "/usr/bin", "/usr/sbin")
-        return name in _system("programs") or self.has(*(f"{folder}/{name}" for folder in folders))
-
-    def has_unit(self, name: str) -> bool:
-        if name in _system("units") or "%" in name:
-            return True
-        names = {name, re.sub(r"@[^.]*\.", "@.", name)}
-        folders = (_UNITS, "/usr/lib/systemd/system")
-        return self.has(*(f"{folder}/{each}" for folder in folders for each in names))
-
-    @cached_property
-    def _listed(self) -> frozenset[str]:
-        """Regular files of the packages, by their lists of checksums: quick."""
-        return frozenset(path for source, digest in self._debs for path in _deb_listed(source, digest))
-
-    @cached_property
-    def _unpacked(self) -> frozenset[str]:
-        """All that the packages contain, links too: only looked at when something is missing."""
-        return frozenset(path for source, digest in self._debs for path in _deb_members(source, digest))
+    def resolve(self, path: str) -> str:
+        """The path behind the artifact's own links and Debian's merged /usr."""
+        for _ in range(40):
+            folder = next((each for each in (*_folders(path), path) if each in self._links), None)
+            if folder is None:
+                break
+            target = posixpath.join(posixpath.dirname(folder), self._links[folder])
+            path = posixpath.normpath(target + path[len(folder) :])
+        return path
 
 
 @cache
 def _system(key: str) -> frozenset[str]:
     """A list of system.yaml."""
-    return frozenset(yaml.safe_load(SYSTEM.read_text(encoding="utf-8"))[key].split())
+    return frozenset(yaml.load(SYSTEM.read_text(encoding="utf-8"), Loader=_LOADER)[key].split())  # noqa: S506 - safe
+
+
+@cache
+def _runtime() -> tuple[str, ...]:
+    return tuple(f"{known}/" for known in _system("runtime"))
 
 
 def _is_pattern(path: str) -> bool:
@@ -172,8 +207,24 @@ def _folder(pattern: str) -> str:
     return str(PurePosixPath(re.split(r"[^/]*[*?]", pattern)[0]))
 
 
-def _hole(what: str, file: File, remedy: str = "bake what is named, or correct the name") -> BakeError:
-    return BakeError(what, where=file.path, remedy=remedy)
+def _asks(file: File, cluster: Cluster) -> Iterator[Ask]:
+    """All that a file names."""
+    if file.link is not None:
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(file.path), file.link))
+        yield Ask(f"the link points at {file.link}, which is not there", file.path, (target,))
+    text = _text(file)
+    if text is not None:
+        text = _constants_filled_in(text) if text.startswith(_SHELLS) else text
+        yield from _paths(file, text)
+        if text.startswith(_SHELLS) or file.path.startswith("/etc/profile.d/"):
+            yield from _commands(file, (file.data or b"").decode())
+        if str(PurePosixPath(file.path).parent) == _UNITS or re.search(r"\.(service|timer|path)\.d/", file.path):
+            yield from _unit(file, text)
+    pullable = tuple(f"{registry.host}/" for registry in cluster.registries)
+    for what, reference in _images(file):
+        name = reference_name(reference)
+        if not name.startswith(pullable):
+            yield Ask(f"{what} {reference} is named here, but no archive in the artifact has it", file.path, (name,))
 
 
 def _text(file: File) -> str | None:
@@ -197,14 +248,7 @@ def _constants_filled_in(text: str) -> str:
     return text
 
 
-def _link(machine: _Machine, file: File) -> list[BakeError]:
-    target = machine.resolve(file.path)
-    if target == file.path or not machine.has(target):
-        return [_hole(f"the link points at {file.link}, which is not there", file)]
-    return []
-
-
-def _paths(machine: _Machine, file: File, text: str) -> Iterator[BakeError]:
+def _paths(file: File, text: str) -> Iterator[Ask]:
     said: set[str] = set()
     if text.startswith("#!") or file.path.endswith(".sh"):
         said.update(_ASKED.findall(text))  # a program that asks whether a file is there can do without it
@@ -219,123 +263,115 @@ def _paths(machine: _Machine, file: File, text: str) -> Iterator[BakeError]:
             if ":/" in path:  # a PATH: no folder of it must be there
                 continue
             path = path.partition(":")[0].rstrip("/.") or "/"
-            if path not in said and not machine.has(path):
+            if path not in said:
                 said.add(path)
-                yield _hole(f"{path} is named here, but is not in the artifact", file)
+                yield Ask(f"{path} is named here, but is not in the artifact", file.path, (path,))
 
 
-def _commands(machine: _Machine, file: File, text: str) -> Iterator[BakeError]:
-    for name in sorted(shell.commands(text)):
-        if not machine.has_command(name):
-            yield _hole(f"the program {name} is called here, but is not in the artifact", file)
+def _commands(file: File, text: str) -> Iterator[Ask]:
+    for name in sorted(shell.commands(text) - _system("programs")):
+        places = tuple(f"{folder}/{name}" for folder in ("/opt/nodebake/current/bin", "/usr/bin", "/usr/sbin"))
+        yield Ask(f"the program {name} is called here, but is not in the artifact", file.path, places)
 
 
-def _unit(machine: _Machine, file: File, text: str) -> Iterator[BakeError]:
+def _unit(file: File, text: str) -> Iterator[Ask]:
     name = re.sub(r"\.d/.*", "", file.path.removeprefix(f"{_UNITS}/"))
-    if "/" not in name and not machine.has_unit(name):
-        yield _hole(f"this is a part of the unit {name}, which is not there", file)
+    if "/" not in name and name not in _system("units"):
+        yield Ask(f"this is a part of the unit {name}, which is not there", file.path, _places_of_unit(name))
     settings = [line.partition("=") for line in text.replace("\\\n", " ").splitlines()]
     for key, _, value in settings:
         if key.strip() in _UNIT_LIST:
             for other in value.split():
                 if other == name:
-                    yield _hole(f"the unit names itself in {key}=: systemd drops it from the boot without a word", file)
-                elif not machine.has_unit(other):
-                    yield _hole(f"the unit {other} is named in {key}=, but is not in the artifact", file)
+                    told = f"the unit names itself in {key}=: systemd drops it from the boot without a word"
+                    yield Ask(told, file.path)
+                elif other not in _system("units") and "%" not in other:
+                    told = f"the unit {other} is named in {key}=, but is not in the artifact"
+                    yield Ask(told, file.path, _places_of_unit(other))
     user = next((value.strip() for key, _, value in settings if key.strip() == "User"), "root")
     if user == "root" or user not in USERS:
         return
     for key, _, value in settings:
-        if not key.startswith("Exec"):
-            continue
-        for _, path, _ in _PATH.findall(value):
-            read = machine.files.get(machine.resolve(path.rstrip("/")))
-            if read is not None and read.link is None and not read.mode & 0o004 and read.owner != user:
-                yield _hole(f"{path} is {read.owner}'s alone, and this unit runs as {user}", file)
+        for _, path, _ in _PATH.findall(value) if key.startswith("Exec") else ():
+            told = f"this unit runs as {user}, which may not read {path}"
+            yield Ask(told, file.path, (path.rstrip("/"),), reader=user)
 
 
-def _program(file: File, arch: Arch) -> list[BakeError]:
+def _places_of_unit(name: str) -> tuple[str, ...]:
+    names = dict.fromkeys((name, re.sub(r"@[^.]*\.", "@.", name)))
+    return tuple(f"{folder}/{each}" for folder in (_UNITS, "/usr/lib/systemd/system") for each in names)
+
+
+# -- what no machine can mend -----------------------------------------------------------------------------------------
+
+
+def _foreign(file: File, arch: Arch) -> Iterator[Ask]:
+    """What is not for this architecture, or not what it should be."""
+    if _PROGRAMS.fullmatch(file.path):
+        yield from _program(file, arch)
+    elif _DEBS.fullmatch(file.path) and not file.path.endswith((f"_{arch}.deb", "_all.deb")):
+        told = f"this package is not for {arch}"
+        yield Ask(told, file.path, remedy="look at the lock of the Debian packages")
+    elif _ARCHIVES.fullmatch(file.path) and file.source is not None:
+        archive = _archive(file.source, file.sha256)
+        if archive.trouble:
+            told = f"this image archive cannot be read: {archive.trouble}"
+            yield Ask(told, file.path, remedy="look at where it came from")
+        elif not archive.names:
+            yield Ask(f"no image in this archive has a name ({_NAME})", file.path, remedy="name it where it was made")
+        for other in sorted(archive.arches - {arch}):
+            told = f"this image is for {other}, the node is {arch}"
+            yield Ask(told, file.path, remedy="take the node's architecture")
+
+
+def _program(file: File, arch: Arch) -> Iterator[Ask]:
     head = _first_bytes(file)
-    if head[:2] == b"#!":
-        return []
-    if head[:4] != b"\x7fELF":
-        return [_hole("this is no program: neither ELF nor a script", file, "look at the component's source")]
-    machine = int.from_bytes(head[18:20], "little" if head[5] == 1 else "big")
-    if machine != MACHINES[arch]:
-        names = {number: name for name, number in MACHINES.items()}
-        found = names.get(machine, f"machine type {machine}")
-        return [_hole(f"this program is for {found}, the node is {arch}", file, "look at the component's source")]
-    return []
+    remedy = "look at the component's source"
+    if head[:4] == b"\x7fELF":
+        machine = int.from_bytes(head[18:20], "little" if head[5] == 1 else "big")
+        if machine != MACHINES[arch]:
+            names = {number: name for name, number in MACHINES.items()}
+            found = names.get(machine, f"machine type {machine}")
+            yield Ask(f"this program is for {found}, the node is {arch}", file.path, remedy=remedy)
+    elif head[:2] != b"#!":
+        yield Ask("this is no program: neither ELF nor a script", file.path, remedy=remedy)
 
 
 def _first_bytes(file: File) -> bytes:
-    if file.data is not None:
-        return file.data[:20]
-    return _head_of(file.source, file.sha256) if file.source is not None else b""
-
-
-@lru_cache(maxsize=4096)
-def _head_of(source: Path, _digest: str | None) -> bytes:
-    with source.open("rb") as stream:
+    if file.source is None:
+        return (file.data or b"")[:20]
+    with file.source.open("rb") as stream:
         return stream.read(20)
 
 
-def _deb(file: File, arch: Arch) -> list[BakeError]:
-    if file.path.endswith((f"_{arch}.deb", "_all.deb")):
-        return []
-    return [_hole(f"this package is not for {arch}", file, "look at the lock of the Debian packages")]
+def _missing(files: Sequence[File], role: Role, arch: Arch, wanted: Iterable[str]) -> Iterator[Ask]:
+    there = {PurePosixPath(file.path).name.partition("_")[0] for file in files if _DEBS.fullmatch(file.path)}
+    for name in sorted(set(wanted) - there - _system("packages")):
+        told = f"the Debian package {name} is asked for, but is not in the artifact"
+        yield Ask(told, f"overlays/packages.yaml, for {role} {arch}")
 
 
 # -- images -----------------------------------------------------------------------------------------------------------
 
 
-def _images(files: Sequence[File], cluster: Cluster, node: Node, images: Sequence[Image]) -> Iterator[BakeError]:
-    there: set[str] = set()
-    for file in files:
-        if _ARCHIVES.fullmatch(file.path) and file.source is not None:
-            try:
-                names, arches = _archive(file.source, file.sha256)
-            except (tarfile.TarError, OSError, ValueError, KeyError) as error:
-                yield _hole(f"this image archive cannot be read: {error}", file, "look at where it came from")
-                continue
-            there |= names
-            if not names:
-                yield _hole(f"no image in this archive has a name ({_NAME})", file, "name it where it was made")
-            for arch in sorted(arches - {node.arch}):
-                yield _hole(f"this image is for {arch}, the node is {node.arch}", file, "take the node's architecture")
-    if not node.runs_kubelet:
+def _images(file: File) -> Iterator[tuple[str, str]]:
+    """(kind, reference) of each image that containerd's configuration or a cluster object names."""
+    if file.data is None:
         return
-    pullable = tuple(f"{registry.host}/" for registry in cluster.registries)
-    for file, what, reference in _wanted(files):
-        name = reference_name(reference)
-        if name not in there and not name.startswith(pullable):
-            yield _hole(f"{what} {reference} is named here, but no archive in the artifact has it", file)
-    for image in images:
-        if reference_name(image.reference) not in there:
-            yield BakeError(
-                f"the image {image.reference} is in the list, but no archive in the artifact has that name",
-                where=node.name,
-                remedy="look at the image's archive",
-            )
+    if file.path.startswith("/etc/containerd/") and file.path.endswith(".toml"):
+        for reference in _SANDBOX.findall(file.data.decode()):
+            yield "the sandbox image", reference
+    elif file.path.startswith(f"{_OBJECTS}/") and not file.path.endswith("-tokens.yaml"):
+        # Objects may be many (a volume per machine): only documents with an image in them are parsed.
+        for document in re.split(rb"^---.*$", file.data, flags=re.MULTILINE):
+            if b"image" in document:
+                for reference in sorted(set(_references(yaml.load(document, Loader=_LOADER)))):  # noqa: S506 - safe
+                    yield "the image", reference
 
 
-def _wanted(files: Iterable[File]) -> Iterator[tuple[File, str, str]]:
-    """(file, kind, reference) of each image that containerd's configuration or a cluster object names."""
-    for file in files:
-        if file.data is None:
-            continue
-        if file.path.startswith("/etc/containerd/") and file.path.endswith(".toml"):
-            for reference in _SANDBOX.findall(file.data.decode()):
-                yield file, "the sandbox image", reference
-        elif file.path.startswith(f"{_OBJECTS}/") and not file.path.endswith("-tokens.yaml"):
-            # Objects may be many (a volume per machine): only documents with an image in them are parsed.
-            for document in re.split(rb"^---.*$", file.data, flags=re.MULTILINE):
-                if b"image" in document:
-                    for reference in sorted(set(_references(yaml.load(document, Loader=_LOADER)))):  # noqa: S506 - safe
-                        yield file, "the image", reference
-
-
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+def _listed(image: Image) -> Ask:
+    told = f"the image {image.reference} is in the list, but no archive in the artifact has that name"
+    return Ask(told, f"the image {image.name}", (reference_name(image.reference),), remedy="look at its archive")
 
 
 def _references(value: Any) -> Iterator[str]:
@@ -358,61 +394,59 @@ def reference_name(reference: str) -> str:
     return reference if re.search(r"[:@][^/]+$", reference) else f"{reference}:latest"
 
 
+@dataclass(frozen=True, slots=True)
+class _Archive:
+    """An image archive's names and architectures; trouble: why it cannot be read."""
+
+    names: frozenset[str] = frozenset()
+    arches: frozenset[str] = frozenset()
+    trouble: str = ""
+
+
 @lru_cache(maxsize=1024)
-def _archive(source: Path, _digest: str | None) -> tuple[frozenset[str], frozenset[str]]:
-    """An image archive's names and architectures, from its index (OCI) or its manifest (docker save)."""
+def _archive(source: Path, _digest: str | None) -> _Archive:
+    """From its index (OCI) or its manifest (docker save)."""
+    try:
+        with tarfile.open(source) as tar:
+            return _read_archive(tar)
+    except (tarfile.TarError, OSError, ValueError, KeyError) as error:
+        return _Archive(trouble=str(error))
+
+
+def _read_archive(tar: tarfile.TarFile) -> _Archive:
     names: set[str] = set()
     arches: set[str] = set()
-    with tarfile.open(source) as tar:
-        members = {member.name.removeprefix("./"): member for member in tar}
+    members = {member.name.removeprefix("./"): member for member in tar}
 
-        def read(name: str) -> Any:
-            stream = tar.extractfile(members[name])
-            return json.loads(stream.read()) if stream is not None else {}
+    def read(name: str) -> Any:
+        stream = tar.extractfile(members[name])
+        return json.loads(stream.read()) if stream is not None else {}
 
-        if "index.json" in members:
-            for top in read("index.json")["manifests"]:
-                name = top.get("annotations", {}).get(_NAME)
-                names |= {reference_name(name)} if name else set()
-                config = read(f"blobs/{top['digest'].replace(':', '/')}").get("config")
-                if config is not None:
-                    arches.add(read(f"blobs/{config['digest'].replace(':', '/')}").get("architecture", "none"))
-        if "manifest.json" in members:
-            for top in read("manifest.json"):
-                names |= {reference_name(name) for name in top.get("RepoTags") or ()}
-                arches.add(read(top["Config"]).get("architecture", "none"))
-    return frozenset(names), frozenset(arches)
+    if "index.json" in members:
+        for top in read("index.json")["manifests"]:
+            name = top.get("annotations", {}).get(_NAME)
+            names |= {reference_name(name)} if name else set()
+            config = read(f"blobs/{top['digest'].replace(':', '/')}").get("config")
+            if config is not None:
+                arches.add(read(f"blobs/{config['digest'].replace(':', '/')}").get("architecture", "none"))
+    if "manifest.json" in members:
+        for top in read("manifest.json"):
+            names |= {reference_name(name) for name in top.get("RepoTags") or ()}
+            arches.add(read(top["Config"]).get("architecture", "none"))
+    return _Archive(frozenset(names), frozenset(arches))
 
 
 # -- Debian packages --------------------------------------------------------------------------------------------------
 
 
-def _packages(files: Sequence[File], node: Node, wanted: Iterable[str]) -> Iterator[BakeError]:
-    there = {PurePosixPath(file.path).name.partition("_")[0] for file in files if _DEBS.fullmatch(file.path)}
-    for name in sorted(set(wanted) - there - _system("packages")):
-        yield BakeError(
-            f"the Debian package {name} is asked for, but is not in the artifact",
-            where=f"overlays/packages.yaml, for {node.name}",
-            remedy="bake what is named, or correct the name",
-        )
-
-
-@lru_cache(maxsize=4096)
-def _deb_listed(source: Path, _digest: str | None) -> frozenset[str]:
-    found: set[str] = set()
-    with _deb_tar(source, "control.tar") as tar:
-        for member in tar:
-            name = member.name.removeprefix("./")
-            stream = tar.extractfile(member) if name in ("md5sums", "conffiles") else None
-            for line in stream.read().decode("utf-8", "replace").splitlines() if stream is not None else ():
-                path = line.split(maxsplit=1)[-1] if name == "md5sums" else line.split()[-1]
-                found.add(_merged(path))
-    return frozenset(found)
-
-
 @lru_cache(maxsize=4096)
 def _deb_members(source: Path, _digest: str | None) -> frozenset[str]:
-    with _deb_tar(source, "data.tar") as tar:
+    """All that a Debian package contains, folders and links too."""
+    with (
+        source.open("rb") as deb,
+        _deb_data(deb) as data,
+        tarfile.open(fileobj=data, mode="r|", bufsize=1 << 20) as tar,
+    ):
         return frozenset(_merged(member.name.removeprefix("./")) for member in tar)
 
 
@@ -421,32 +455,17 @@ def _merged(path: str) -> str:
     return f"/usr{path}" if path.startswith(("/bin/", "/sbin/", "/lib/")) else path
 
 
-def _deb_tar(source: Path, part: str) -> tarfile.TarFile:
-    """control.tar or data.tar of a .deb (an ar archive: 60 bytes of header a member)."""
-    with source.open("rb") as stream:
-        stream.seek(8)
-        while header := stream.read(60):
-            name, size = header[:16].decode().strip().rstrip("/"), int(header[48:58])
-            if not name.startswith(part):
-                stream.seek(size + size % 2, 1)
-                continue
-            data = stream.read(size)
-            if name.endswith(".xz"):
-                data = lzma.decompress(data)
-            elif name.endswith(".gz"):
-                data = gzip.decompress(data)
-            elif name.endswith(".zst"):
-                option = "--ctrl-tarfile" if part == "control.tar" else "--fsys-tarfile"
-                data = subprocess.run(["dpkg-deb", option, source], check=True, capture_output=True).stdout
-            return tarfile.open(fileobj=io.BytesIO(data))
-    raise BakeError(f"this Debian package has no {part}", where=source, remedy="remove it and run doit once more")
-
-
-def _normal_path(path: str) -> str:
-    parts: list[str] = []
-    for part in PurePosixPath(path).parts[1:]:
-        if part == "..":
-            parts = parts[:-1]
-        else:
-            parts.append(part)
-    return "/" + "/".join(parts)
+def _deb_data(deb: BufferedReader) -> BufferedIOBase:
+    """data.tar of a .deb (an ar archive: 60 bytes of header a member), unpacked while it is read."""
+    deb.seek(8)
+    while header := deb.read(60):
+        name, size = header[:16].decode().strip().rstrip("/"), int(header[48:58])
+        if name == "data.tar.xz":
+            return lzma.open(deb)
+        if name == "data.tar.gz":
+            return gzip.open(deb)
+        if name == "data.tar.zst":
+            unpacked = subprocess.run(["dpkg-deb", "--fsys-tarfile", deb.name], check=True, capture_output=True)
+            return BytesIO(unpacked.stdout)
+        deb.seek(size + size % 2, 1)
+    raise BakeError("this Debian package has no data", where=deb.name, remedy="remove it and run doit once more")

@@ -9,10 +9,11 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from recipes import records
 from recipes.components import load_components
@@ -21,6 +22,9 @@ from recipes.kit.choices import Choices
 from recipes.kit.download import Desk
 from recipes.kit.errors import BakeError
 from recipes.kit.model import Arch, Cluster, Fetched, File, Node, Role
+
+if TYPE_CHECKING:
+    from recipes.audit import Proven
 
 PACKAGE = Path(__file__).parent
 
@@ -34,6 +38,7 @@ class Bake:
     where: Path  # the secret store
     now: datetime
     minting: bool = True  # False: only look
+    _proofs: dict[tuple[Role, Arch], tuple[str, Proven]] = field(default_factory=dict, init=False, repr=False)
 
     # ---- where things lie
 
@@ -198,9 +203,12 @@ class Bake:
         debs = records.read_fetched(self.record("packages", f"{role}-{arch}"))
         archives = records.read_images(self.record("images", arch))
         contents = payload.files(self.shared, role, arch, by_component, archives, debs)
+        wanted = overlay.packages(self.cluster, role)
+        proven = audit.prove_payload(contents, self.cluster, role, arch, archives, wanted)
+        # Every machine is proven before it is baked; one of them now, so that a hole in all is told before the packing.
         example = next(node for node in self.cluster.nodes if (node.role, node.arch) == (role, arch))
-        whole = [*contents, *self.identity(example, sums="0" * 64)]
-        audit.prove(whole, self.cluster, example, archives, overlay.packages(self.cluster, role))
+        audit.prove(proven, self.cluster, example, self.identity(example, sums="0" * 64))
+        self._proofs.pop((role, arch), None)
         payload.write(
             self.cluster,
             role,
@@ -210,6 +218,7 @@ class Bake:
             mtime=self.mtime,
             sign=lambda data: store.sign(self.secrets, data),
             progress=self.desk.progress,
+            beside={"proven": proven.as_record()},
         )
 
     def identity(self, node: Node, *, sums: str) -> list[File]:
@@ -239,15 +248,26 @@ class Bake:
         return digest(self._known_to_all, everything)
 
     def make_node(self, node: Node) -> None:
+        from recipes import audit, seed
         from recipes import node as node_recipe
-        from recipes import payload, seed
         from recipes.kit import manifest
 
+        sums, proven = self._proven(node.role, node.arch)
+        contents = self.identity(node, sums=sums)
+        audit.prove(proven, self.cluster, node, contents)
         tarball = self.payload(node.role, node.arch)
-        contents = self.identity(node, sums=payload.read_sums(tarball))
         node_recipe.write(node, contents, self.tarball(node), mtime=self.mtime, payload_tarball=tarball)
-        sums = manifest.digest_of_sums(contents, "node")
-        seed.write(self.cluster, node, self.tarball(node), self.seed(node), mtime=self.mtime, sums=sums)
+        own = manifest.digest_of_sums(contents, "node")
+        seed.write(self.cluster, node, self.tarball(node), self.seed(node), mtime=self.mtime, sums=own)
+
+    def _proven(self, role: Role, arch: Arch) -> tuple[str, Proven]:
+        """The digest and the proof of a payload, from its record: read once, however many machines there are."""
+        from recipes import audit, payload
+
+        if (role, arch) not in self._proofs:
+            sums, proven = payload.read_record(self.payload(role, arch), "sums", "proven")
+            self._proofs[role, arch] = sums, audit.Proven.from_record(proven)
+        return self._proofs[role, arch]
 
     def inputs_of_desk(self) -> str:
         return digest(self.code, self.cluster, self.secrets.cluster_id)

@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import Any
 
 from recipes import images as container_images
 from recipes.components import load_components
@@ -81,8 +83,10 @@ def write(
     mtime: int,
     sign: Callable[[bytes], bytes],
     progress: Progress,
+    beside: Mapping[str, Any] = MappingProxyType({}),
 ) -> Written:
-    """Packs files() with its manifest into target (<role>-<arch>.tar.gz), and <role>-<arch>.json beside it."""
+    """Packs files() with its manifest into target (<role>-<arch>.tar.gz), and <role>-<arch>.json beside it: the same
+    manifest, what is given as `beside`, and under "sums" what a node's manifest vouches for."""
     about = {"cluster": cluster.name, "role": role, "arch": arch, "digest": digest_of(contents)}
     made: list[File] = []
 
@@ -96,23 +100,26 @@ def write(
     record = record_beside(target)
     sums = manifest.digest_of_sums(made, "payload")
     described = next(file.data for file in made if file.path.endswith("/payload.json"))
-    text = json.dumps({**json.loads(described or b"{}"), "sums": sums}, indent=1, sort_keys=True)
+    text = json.dumps({**json.loads(described or b"{}"), **beside, "sums": sums}, indent=1, sort_keys=True)
     atomic.write(record, text.encode() + b"\n")
     return Written(packed, record, sums)
 
 
 def record_beside(target: Path) -> Path:
-    """The JSON beside a payload: its manifest and, under "sums", what a node's manifest vouches for."""
+    """The JSON beside a payload, as write() puts it there."""
     return target.with_name(target.name.removesuffix(".tar.gz") + ".json")
 
 
-def read_sums(target: Path) -> str:
-    """SHA-256 (hex) of the payload's SHA256SUMS, from the record beside it."""
+def read_record(target: Path, *keys: str) -> list[Any]:
+    """The values of some keys of the record beside a payload. BakeError: it is not as it was written."""
     record = record_beside(target)
     try:
-        return str(json.loads(record.read_text())["sums"])
-    except (OSError, ValueError, KeyError) as error:
-        raise BakeError("the payload's record cannot be read", where=record, remedy="run doit once more") from error
+        known = json.loads(record.read_text())
+        return [known[key] for key in keys]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BakeError(
+            "the payload's record cannot be read", where=record, remedy="remove it and run doit once more"
+        ) from error
 
 
 def digest_of(contents: Iterable[File]) -> str:

@@ -32,7 +32,7 @@ from recipes.kit.archive import END_MEMBER
 from recipes.kit.choices import Choices
 from recipes.kit.download import Desk
 from recipes.kit.errors import BakeErrors
-from recipes.kit.model import USERS, Cluster, Fetched, File, Image, Node
+from recipes.kit.model import USERS, Arch, Cluster, Fetched, File, Image, Node
 from recipes.kit.progress import Lines
 from recipes.records import read_fetched, read_images
 from tests.conftest import Project, copy_project
@@ -753,7 +753,8 @@ class Parts:
     cluster: Cluster
     node: Node
     images: list[Image]
-    files: list[File]
+    files: list[File]  # payload and identity
+    own: set[str]  # the identity's paths
 
 
 @pytest.fixture(scope="module")
@@ -766,13 +767,16 @@ def parts(baked: Project) -> Parts:
     images = read_images(bake.record("images", "amd64"))
     debs = read_fetched(bake.record("packages", "control-plane-amd64"))
     contents = payload.files(bake.shared, node.role, node.arch, by_component, images, debs)
-    return Parts(cluster, node, images, [*contents, *bake.identity(node, sums="0" * 64)])
+    own = bake.identity(node, sums="0" * 64)
+    return Parts(cluster, node, images, [*contents, *own], {file.path for file in own})
 
 
-def holes(parts: Parts, files: Sequence[File], node: Node | None = None) -> str:
+def holes(parts: Parts, files: Sequence[File], arch: Arch = "amd64") -> str:
+    wanted = overlay.packages(parts.cluster, "control-plane")
+    shared = [file for file in files if file.path not in parts.own]
     try:
-        wanted = overlay.packages(parts.cluster, "control-plane")
-        audit.prove(files, parts.cluster, node or parts.node, parts.images, wanted)
+        proven = audit.prove_payload(shared, parts.cluster, "control-plane", arch, parts.images, wanted)
+        audit.prove(proven, parts.cluster, parts.node, [file for file in files if file.path in parts.own])
     except BakeErrors as errors:
         return str(errors)
     return ""
@@ -818,7 +822,7 @@ def test_a_program_of_another_architecture_is_named(parts: Parts, tmp_path: Path
     changed = [replace(each, source=foreign, sha256=sha256(foreign)) if each is file else each for each in parts.files]
     told = holes(parts, changed)
     assert "/bin/etcd" in told and "arm64" in told and "amd64" in told
-    assert "/bin/kubelet" in holes(parts, parts.files, replace(parts.node, arch="arm64"))
+    assert "/bin/kubelet" in holes(parts, parts.files, "arm64")
 
 
 def test_a_bake_with_a_hole_fails_and_leaves_the_old_payload(rebaking: Project) -> None:
@@ -829,6 +833,24 @@ def test_a_bake_with_a_hole_fails_and_leaves_the_old_payload(rebaking: Project) 
     assert "/usr/bin/no-such-program is named here, but is not in the artifact" in told
     assert "kubelet.service" in told and "Traceback" not in told
     assert sha256(ha(rebaking) / "payloads" / "worker-amd64.tar.gz") == before
+
+
+def test_a_hole_in_one_machine_s_identity_fails_that_machine_alone(rebaking: Project) -> None:
+    """The payload is not packed anew: what it brings is known from its record."""
+    rebaking.doit("node:worker-1", "node:worker-2")  # a project that was moved packs its payloads once more
+    template = rebaking.root / "overlays/node/etc/nodebake/node.env.j2"
+    template.write_text(template.read_text() + "{% if node.name == 'worker-2' %}EXTRA=/srv/absent{% endif %}\n")
+    names = ("nodes/worker-1.tar.gz", "nodes/worker-2.tar.gz", "seeds/worker-2.iso", "payloads/worker-amd64.tar.gz")
+    before = {name: (ha(rebaking) / name).stat() for name in names}
+    rebaking.doit("node:worker-1")
+    told = rebaking.doit("node:worker-2", fails=True).stdout
+    assert "worker-2:/etc/nodebake/node.env: /srv/absent is named here, but is not in the artifact" in told
+    assert "Traceback" not in told
+    changed = [name for name in names if (ha(rebaking) / name).stat().st_ino != before[name].st_ino]
+    assert changed == ["nodes/worker-1.tar.gz"]
+    assert sorted(path.name for path in (ha(rebaking) / "nodes").iterdir()) == sorted(
+        f"{node.name}.tar.gz" for node in loaded(rebaking, "ha")[0].nodes
+    )
 
 
 # -- the operator's own -----------------------------------------------------------------------------------------------

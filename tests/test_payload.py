@@ -145,14 +145,18 @@ def test_the_manifest_is_complete_and_signed(parts: artifacts.Parts, tmp_path: P
     manifests = {f"/opt/nodebake/manifest/payload.{end}" for end in ("json", "tree", "SHA256SUMS", "SHA256SUMS.sig")}
     assert {file["path"] for file in told["files"]} == packed - manifests
     assert manifests <= packed
-    assert payload.read_sums(target) == hashlib.sha256(sums.read_bytes()).hexdigest()
+    assert payload.read_record(target, "sums") == [hashlib.sha256(sums.read_bytes()).hexdigest()]
     record = json.loads(payload.record_beside(target).read_text())
     assert record["files"] == told["files"]
 
 
-def test_a_missing_record_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("record", [None, "", "[]", "{}"])
+def test_a_record_that_cannot_be_read_is_told(record: str | None, tmp_path: Path) -> None:
+    target = tmp_path / "worker-amd64.tar.gz"
+    if record is not None:
+        payload.record_beside(target).write_text(record)
     with pytest.raises(BakeError, match="record cannot be read"):
-        payload.read_sums(tmp_path / "worker-amd64.tar.gz")
+        payload.read_record(target, "sums")
 
 
 def test_the_same_payload_twice(parts: artifacts.Parts, tmp_path: Path) -> None:
