@@ -242,8 +242,12 @@ def _routes(cluster: Cluster, node: Node) -> list[dict[str, str]]:
         # Not "default": older renderers refuse that word.
         return [{"to": "0.0.0.0/0", "via": str(node.network.gateway)}]
     if node.runs_kubelet:
-        # Without any route the kernel answers "unreachable" before kube-proxy's rules see a ClusterIP.
-        return [{"to": str(cluster.service_subnet), "scope": "link"}]
+        # Without any route the kernel answers "unreachable" before kube-proxy's rules see a ClusterIP. They send it
+        # elsewhere, so any neighbour will do; a route without one (scope: link) is not in cloud-init's schema.
+        network = node.network.addresses[0].network
+        planes = [plane.address for plane in cluster.control_planes if plane.address in network]
+        neighbour = next(address for address in (*planes, *network.hosts()) if address not in node.addresses)
+        return [{"to": str(cluster.service_subnet), "via": str(neighbour)}]
     return []
 
 

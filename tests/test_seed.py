@@ -223,7 +223,7 @@ def test_a_card_matched_by_mac_without_a_default_route() -> None:
     card = config["ethernets"]["nic0"]
     assert card["match"] == {"macaddress": "52:54:00:00:10:15"} and card["set-name"] == "nic0"
     assert card["addresses"] == ["192.168.10.21/24"] and card["dhcp4"] is False and card["link-local"] == []
-    assert card["routes"] == [{"to": "10.96.0.0/16", "scope": "link"}]
+    assert card["routes"] == [{"to": "10.96.0.0/16", "via": "192.168.10.11"}], "a neighbour: cloud-init knows no scope"
 
 
 def test_a_card_matched_by_name() -> None:
