@@ -97,7 +97,7 @@ def inventory_document(cluster: Cluster, secrets: store.Secrets, generation: int
 
 
 def _control_plane(cluster: Cluster, secrets: store.Secrets, image: Mapping[str, str], generation: int) -> list[File]:
-    inventory = json.dumps(inventory_document(cluster, secrets, generation), indent=1, sort_keys=True)
+    inventory = json.dumps(inventory_document(cluster, secrets, generation), sort_keys=True, separators=(",", ":"))
     return [
         File(
             "/etc/kubernetes/encryption.yaml",
@@ -105,13 +105,15 @@ def _control_plane(cluster: Cluster, secrets: store.Secrets, image: Mapping[str,
             mode=0o600,
             owner="kube-apiserver",
         ),
-        File("/etc/nodebake/objects/10-cluster.yaml", data=objects.document(objects.static(cluster, image))),
+        # For nodebake-controller; the operator's objects may be secret too.
         File(
-            "/etc/nodebake/objects/90-tokens.yaml",
-            data=objects.document(tokens.for_control_plane(cluster, secrets)),
+            "/etc/nodebake/objects/10-cluster.yaml",
+            data=objects.document(objects.static(cluster, image)),
             mode=0o600,
+            owner="nodebake",
         ),
-        File("/etc/nodebake/inventory.json", data=inventory.encode() + b"\n", mode=0o600),
+        tokens.for_control_plane(cluster, secrets),
+        File("/etc/nodebake/inventory.json", data=inventory.encode() + b"\n", mode=0o600, owner="nodebake"),
     ]
 
 

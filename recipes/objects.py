@@ -42,6 +42,7 @@ def static(cluster: Cluster, image: Mapping[str, str]) -> list[Object]:
     return [
         *_namespaces(),
         *_bindings(cluster),
+        *_controller(),
         *_priority_classes(),
         *_coredns(cluster, image["coredns"]),
         *(_flannel() if cluster.pod_network == "flannel" else ()),
@@ -170,12 +171,55 @@ def _bindings(cluster: Cluster) -> list[Object]:
         # kube-proxy and flanneld speak as their node.
         _cluster_binding("node-proxier", "system:node-proxier", "Group", "system:nodes"),
     ]
-    if cluster.approval == "group":
-        bindings += [
-            _cluster_binding("approve-node-client", f"{signing}:nodeclient", "Group", "system:bootstrappers"),
-            _cluster_binding("approve-node-client-renewal", f"{signing}:selfnodeclient", "Group", "system:nodes"),
-        ]
-    return bindings
+    approvals = [
+        _cluster_binding("approve-node-client", f"{signing}:nodeclient", "Group", "system:bootstrappers"),
+        _cluster_binding("approve-node-client-renewal", f"{signing}:selfnodeclient", "Group", "system:nodes"),
+    ]
+    # Without subjects they take back what `approval: group` gave before; what is left out stays in a cluster.
+    return bindings + [one if cluster.approval == "group" else {**one, "subjects": []} for one in approvals]
+
+
+def _controller() -> list[Object]:
+    """What nodebake-controller may do on every control plane, but for applying objects (its objects.py says how)."""
+    name, namespace = "nodebake:controller", "kube-system"
+
+    def rule(group: str, resources: str, verbs: str, **names: list[str]) -> Object:
+        return {"apiGroups": [group], "resources": resources.split(), "verbs": verbs.split(), **names}
+
+    certificates = "certificates.k8s.io"
+    signers = [f"kubernetes.io/{signer}" for signer in ("kube-apiserver-client-kubelet", "kubelet-serving")]
+    return [
+        _object(
+            f"{RBAC}/v1",
+            "ClusterRole",
+            name,
+            rules=[
+                rule(certificates, "certificatesigningrequests", "list watch"),
+                rule(certificates, "certificatesigningrequests/approval", "update"),
+                rule(certificates, "signers", "approve", resourceNames=signers),
+                rule("", "nodes", "get list watch patch"),
+            ],
+        ),
+        _cluster_binding("controller", name, "User", name),
+        _object(
+            f"{RBAC}/v1",
+            "Role",
+            name,
+            namespace=namespace,
+            rules=[
+                rule("", "secrets", "get list watch create patch delete"),
+                rule("", "configmaps", "get list watch", resourceNames=["nodebake-inventory"]),
+            ],
+        ),
+        _object(
+            f"{RBAC}/v1",
+            "RoleBinding",
+            name,
+            namespace=namespace,
+            roleRef={"apiGroup": RBAC, "kind": "Role", "name": name},
+            subjects=[{"apiGroup": RBAC, "kind": "User", "name": name}],
+        ),
+    ]
 
 
 def _flannel() -> list[Object]:

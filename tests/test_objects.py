@@ -83,13 +83,37 @@ def test_bindings_of_both_ways_of_approval() -> None:
         ("system:node-proxier", "system:nodes"),
         ("nodebake:flannel", "system:nodes"),
         ("nodebake:coredns", "coredns"),
+        ("nodebake:controller", "nodebake:controller"),
     }
     assert bound(samples.ha()) == always
     assert bound(samples.ha(approval="group")) == always | {
         (f"{signing}:nodeclient", "system:bootstrappers"),
         (f"{signing}:selfnodeclient", "system:nodes"),
     }
+    assert set(named(samples.ha())) == set(named(samples.ha(approval="group"))), "what gave rights takes them back"
     assert bound(samples.ha(pod_network="none")) == always - {("nodebake:flannel", "system:nodes")}
+
+
+def test_the_controller_may_do_what_it_does_and_no_more() -> None:
+    made = named(samples.ha())
+    rules = made["ClusterRole", "nodebake:controller"]["rules"] + made["Role", "nodebake:controller"]["rules"]
+    may = {(rule["apiGroups"][0], *rule["resources"]): " ".join(rule["verbs"]) for rule in rules}
+    assert may == {
+        ("certificates.k8s.io", "certificatesigningrequests"): "list watch",
+        ("certificates.k8s.io", "certificatesigningrequests/approval"): "update",
+        ("certificates.k8s.io", "signers"): "approve",
+        ("", "nodes"): "get list watch patch",
+        ("", "secrets"): "get list watch create patch delete",
+        ("", "configmaps"): "get list watch",
+    }
+    named_alone = {rule["resources"][0]: rule["resourceNames"] for rule in rules if "resourceNames" in rule}
+    assert named_alone == {
+        "signers": ["kubernetes.io/kube-apiserver-client-kubelet", "kubernetes.io/kubelet-serving"],
+        "configmaps": ["nodebake-inventory"],
+    }
+    assert made["Role", "nodebake:controller"]["metadata"]["namespace"] == "kube-system"
+    (subject,) = made["RoleBinding", "nodebake:controller"]["subjects"]
+    assert (subject["kind"], subject["name"]) == ("User", "nodebake:controller")
 
 
 def test_nodes_may_not_write_by_flannels_role() -> None:

@@ -106,7 +106,7 @@ def test_units_of_a_role(cluster: Cluster, node: Node) -> None:
         if cluster.pod_network == "flannel":
             expected.add("flanneld")
     if node.role == "control-plane":
-        expected |= {"kube-apiserver", "kube-controller-manager", "kube-scheduler"}
+        expected |= {"kube-apiserver", "kube-controller-manager", "kube-scheduler", "nodebake-controller"}
     if node.runs_etcd:
         expected.add("etcd")
     if node.role == "load-balancer" or (node.role == "worker" and cluster.load_balancer == "local"):
@@ -330,6 +330,7 @@ def test_systemd_finds_nothing(cluster: Cluster, node: Node, tmp_path: Path) -> 
     [
         *((samples.ha(), "control-plane", name) for name in ("etcd", "kube-apiserver")),
         *((samples.ha(), "control-plane", name) for name in ("kube-controller-manager", "kube-scheduler")),
+        (samples.ha(), "control-plane", "nodebake-controller"),
         (samples.ha(), "worker", "api-balancer"),
     ],
 )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from ipaddress import IPv4Address
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -19,6 +21,17 @@ from recipes.kit.model import Cluster, Endpoint
 from tests import samples
 
 NOW = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
+
+
+def brought(cluster: Cluster, secrets: store.Secrets) -> list[dict[str, Any]]:
+    """The Secrets in a control plane's artifact."""
+    file = tokens.for_control_plane(cluster, secrets)
+    assert (file.path, file.mode, file.owner) == ("/etc/nodebake/objects/90-tokens.yaml", 0o600, "nodebake")
+    content = json.loads(file.data or b"")
+    assert yaml.safe_load(file.data or b"") == content, "kubectl would read it as YAML"
+    assert (content["apiVersion"], content["kind"]) == ("v1", "List")
+    items: list[dict[str, Any]] = content["items"]
+    return items
 
 
 def opened(cluster: Cluster, tmp_path: Path) -> store.Secrets:
@@ -48,7 +61,7 @@ def test_a_secret_has_the_form_that_kubernetes_reads() -> None:
 def test_every_kubelet_has_one_and_no_other_machine(tmp_path: Path) -> None:
     cluster = samples.external_etcd()
     secrets = opened(cluster, tmp_path)
-    made = tokens.for_control_plane(cluster, secrets)
+    made = brought(cluster, secrets)
     described = [secret["stringData"]["description"] for secret in made]
     assert described == [
         f"Lets the kubelet of {name} join." for name in ("control-1", "control-2", "worker-1", "worker-2")
@@ -65,10 +78,8 @@ def test_a_denied_machine_has_none_in_the_cluster(tmp_path: Path) -> None:
     cluster = samples.ha()
     denied = replace(cluster, nodes=tuple(replace(node, denied=node.name == "worker-2") for node in cluster.nodes))
     secrets = opened(denied, tmp_path)
-    left = tokens.for_control_plane(denied, secrets)
-    assert left == [
-        secret for secret in tokens.for_control_plane(cluster, secrets) if "worker-2" not in str(secret["stringData"])
-    ]
+    left = brought(denied, secrets)
+    assert left == [secret for secret in brought(cluster, secrets) if "worker-2" not in str(secret["stringData"])]
     assert len(left) == 5
 
 

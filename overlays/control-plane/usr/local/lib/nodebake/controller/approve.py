@@ -1,0 +1,114 @@
+"""Approves or refuses kubelets' certificate requests as judge.py says; a token is good for the first key it asked with.
+
+That key's digest is kept in an annotation of the token's Secret, written by compare-and-swap before the approval: of
+two keys that three control planes see in whatever order, one is first, and a control plane that was killed in between
+finds its digest there and goes on. Who loses the token to a thief is refused, and the log names both keys.
+
+A kubelet keeps the key that it first asks with in pki/kubelet-client.key.tmp until it has the certificate, and asks
+with it again after a restart, under the same request's name (LoadClientCert in its source): a crash changes nothing.
+It does not sync that file, though. A power cut within the half minute in which the kernel holds it back may leave it
+empty, with which no kubelet starts, or take it away; then the kubelet comes with another key and is refused. Where a
+key was lost, the Secret is deleted by hand, and tokens.py brings a fresh one:
+
+    kubectl -n kube-system delete secret bootstrap-token-<id>
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from controller.api import MERGE, METADATA, Api, Json, Refused
+from controller.inventory import NAMESPACE, Inventory
+from controller.judge import CLIENT, SERVING, Pin, Request, Verdict, judge
+from controller.log import say, shown
+from controller.mirror import Mirror
+from controller.work import Work
+
+REQUESTS = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
+FIRST_KEY = "nodebake.local/first-key"
+_DECIDED = frozenset(("Approved", "Denied", "Failed"))
+
+
+def undecided(item: Json) -> Json | None:
+    """What the mirror keeps: requests that still wait, of the two signers."""
+    if item["spec"]["signerName"] not in (CLIENT, SERVING):
+        return None
+    conditions = item.get("status", {}).get("conditions") or ()
+    return None if any(condition["type"] in _DECIDED for condition in conditions) else item
+
+
+class Approver:
+    def __init__(self, api: Api, inventory: Callable[[], Inventory | None]) -> None:
+        """inventory: the cluster's, None while it has none."""
+        self.work = Work("certificates")
+        self._api, self._inventory = api, inventory
+        self._waiting: dict[str, str] = {}  # request -> what was said of it
+
+    def changed(self, name: str, before: Json | None, after: Json | None) -> None:
+        if after is None:
+            self._waiting.pop(name, None)
+        else:
+            self.work.add(name)
+
+    def look(self, requests: Mirror[Json], name: str) -> None:
+        item, inventory = requests.get(name), self._inventory()
+        if item is None or inventory is None:
+            return  # looked at again when there is one
+        request = Request.of(item)
+        verdict = judge(request, inventory, datetime.now(UTC))
+        if verdict.pin is not None:
+            flaw = self._pin(verdict.pin)
+            verdict = Verdict("refuse", flaw) if flaw is not None else verdict
+        if verdict.decision in ("approve", "refuse"):
+            self._write(item, request, verdict)
+        elif verdict.decision == "wait" and self._waiting.get(name) != verdict.why:
+            self._waiting[name] = verdict.why
+            say(f"{_title(request)}: left waiting: {verdict.why}")
+
+    def _pin(self, pin: Pin) -> str | None:
+        """Makes this key the token's, if it has none yet; otherwise says what is wrong."""
+        path = f"/api/v1/namespaces/{NAMESPACE}/secrets/bootstrap-token-{pin.token_id}"
+        try:
+            secret = self._api.call("GET", path, accept=METADATA)
+            first = secret["metadata"].get("annotations", {}).get(FIRST_KEY)
+            if first is None:
+                metadata = {
+                    "resourceVersion": secret["metadata"]["resourceVersion"],
+                    "annotations": {FIRST_KEY: pin.key},
+                }
+                self._api.call("PATCH", path, {"metadata": metadata}, kind=MERGE, accept=METADATA)
+                return None
+        except Refused as refused:
+            if refused.code != 404:
+                raise  # 409: another control plane was quicker; this request is looked at again
+            return f"the token {pin.token_id} was retired, or its time is over"
+        if first == pin.key:
+            return None
+        return (
+            f"the token {pin.token_id} was first used with the key {shown(first, 16)} and now with {pin.key[:16]}...;"
+            f" if the machine lost its key, delete the Secret {NAMESPACE}/bootstrap-token-{pin.token_id}; if not,"
+            " somebody else has its token: deny it"
+        )
+
+    def _write(self, item: Json, request: Request, verdict: Verdict) -> None:
+        approved = verdict.decision == "approve"
+        condition = {
+            "type": "Approved" if approved else "Denied",
+            "status": "True",
+            "reason": "Nodebake" + ("Approved" if approved else "Refused"),
+            "message": verdict.why,
+        }
+        status = item.get("status", {})
+        decided = {**item, "status": {**status, "conditions": [*(status.get("conditions") or ()), condition]}}
+        try:
+            self._api.call("PUT", f"{REQUESTS}/{request.name}/approval", decided)
+        except Refused as refused:
+            if refused.code in (404, 409):  # decided by another, or changed: then the mirror brings it again
+                return
+            raise
+        say(f"{_title(request)}: {'approved' if approved else 'refused'}: {verdict.why}")
+
+
+def _title(request: Request) -> str:
+    return f"request {shown(request.name)} of {shown(request.username)}"

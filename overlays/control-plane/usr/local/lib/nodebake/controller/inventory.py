@@ -1,0 +1,155 @@
+"""The inventory: what was baked, as far as one has to know it to approve certificates, bring tokens and label Nodes.
+
+The artifact on this machine brings one, and the cluster holds one, in the ConfigMap kube-system/nodebake-inventory:
+
+    data.generation                     of the inventory, as decimal digits
+    data.applied                        generation of the cluster objects that were applied last, completely
+    binaryData["inventory.json.gz"]     the inventory itself
+
+The cluster's is the truth for all control planes, so that they never disagree. Whose artifact is newer writes it there.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from controller.api import Json
+
+NAMESPACE = "kube-system"
+NAME = "nodebake-inventory"
+_MEMBER = "inventory.json.gz"
+
+
+@dataclass(frozen=True, slots=True)
+class Kubelet:
+    """A machine that may join."""
+
+    name: str
+    role: str
+    addresses: frozenset[str]
+    token_id: str
+    labels: Mapping[str, str]  # every label that its Node shall have
+    denied: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    generation: int
+    approval: Literal["inventory", "group"]
+    install_by: datetime
+    kubelets: Mapping[str, Kubelet]  # by name
+    by_token: Mapping[str, Kubelet]  # by token id
+    document: bytes = field(repr=False)  # as it came, JSON
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What the cluster holds. inventory is None when it cannot be read: then any newer one may replace it."""
+
+    inventory: Inventory | None
+    applied: int
+    version: str  # resourceVersion
+
+    @property
+    def generation(self) -> int:
+        return self.inventory.generation if self.inventory is not None else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """What this machine was given."""
+
+    inventory: Inventory
+    objects: Path  # the cluster's objects, YAML
+    tokens: Mapping[str, Json] = field(repr=False)  # token id -> Secret
+
+
+def parse(document: bytes) -> Inventory:
+    """ValueError, KeyError or TypeError for what is no inventory."""
+    told: dict[str, Any] = json.loads(document)
+    approval = told["approval"]
+    if approval not in ("inventory", "group"):
+        raise ValueError(f"approval is {approval!r}")
+    kubelets = [_kubelet(one) for one in told["kubelets"]]
+    return Inventory(
+        generation=int(told["generation"]),
+        approval="group" if approval == "group" else "inventory",
+        install_by=datetime.fromisoformat(told["installBy"]),
+        kubelets={kubelet.name: kubelet for kubelet in kubelets},
+        by_token={kubelet.token_id: kubelet for kubelet in kubelets},
+        document=document,
+    )
+
+
+def _kubelet(one: Json) -> Kubelet:
+    labels = dict(one["labels"]) | {f"{ROLE}{one['role']}": ""}
+    if one["storage"] is not None:
+        labels[STORAGE] = one["storage"]
+    return Kubelet(
+        name=one["name"],
+        role=one["role"],
+        addresses=frozenset(one["addresses"]),
+        token_id=one["tokenId"],
+        labels=labels,
+        denied=bool(one["denied"]),
+    )
+
+
+ROLE = "node-role.kubernetes.io/"
+STORAGE = "node-restriction.kubernetes.io/storage"
+
+
+def read_artifact(folder: Path) -> Artifact:
+    """folder: /etc/nodebake. OSError, ValueError, KeyError or TypeError while it is not whole."""
+    secrets: list[Json] = json.loads((folder / "objects" / "90-tokens.yaml").read_bytes())["items"]
+    return Artifact(
+        inventory=parse((folder / "inventory.json").read_bytes()),
+        objects=folder / "objects" / "10-cluster.yaml",
+        tokens={secret["stringData"]["token-id"]: secret for secret in secrets},
+    )
+
+
+def signature(folder: Path) -> tuple[tuple[int, int, int], ...]:
+    """Something that changes whenever a file of the artifact is written anew."""
+    names = ("inventory.json", "objects/10-cluster.yaml", "objects/90-tokens.yaml")
+    found = [path.stat() for path in (folder / name for name in names) if path.exists()]
+    return tuple((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in found)
+
+
+def published(config_map: Json) -> Published:
+    """What a ConfigMap says; never raises for its contents."""
+    try:
+        inventory = parse(gzip.decompress(base64.b64decode(config_map["binaryData"][_MEMBER])))
+        if int(config_map["data"]["generation"]) != inventory.generation:
+            raise ValueError("it says another generation than it holds")
+    except (ValueError, KeyError, TypeError, OSError, EOFError):
+        inventory = None
+    applied = str(config_map.get("data", {}).get("applied", ""))
+    version = str(config_map["metadata"]["resourceVersion"])
+    return Published(inventory, int(applied) if applied.isascii() and applied.isdigit() else 0, version)
+
+
+def config_map(inventory: Inventory, applied: int, version: str | None = None) -> Json:
+    """The ConfigMap. version: the resourceVersion that it replaces."""
+    metadata: Json = {
+        "name": NAME,
+        "namespace": NAMESPACE,
+        "labels": {"app.kubernetes.io/managed-by": "nodebake"},
+    }
+    if version is not None:
+        metadata["resourceVersion"] = version
+    packed = gzip.compress(inventory.document, mtime=0)
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": metadata,
+        "data": {"generation": str(inventory.generation), "applied": str(applied)},
+        "binaryData": {_MEMBER: base64.b64encode(packed).decode()},
+    }

@@ -1,0 +1,132 @@
+"""Brings each machine's bootstrap token into the cluster for as long as it may be needed, and no longer.
+
+A token is needed until its Node is there and Ready, and from when that Node is deleted, which is how a reinstall
+begins. It is retired only some time after Ready, so that a kubelet that loses power right after it joined, and with
+that what its disk had not got yet, can still fetch the certificate that it was given.
+
+Secrets are created, never overwritten: the annotation with the first key lies on them. Only names come here, what is in
+the cluster's Secrets does not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from controller.api import Api, Json, Refused
+from controller.approve import FIRST_KEY
+from controller.inventory import NAMESPACE, Artifact, Inventory, Kubelet
+from controller.labels import NODES, Seen
+from controller.log import say
+from controller.mirror import Mirror
+from controller.work import Work
+
+SECRETS = f"/api/v1/namespaces/{NAMESPACE}/secrets"
+PREFIX = "bootstrap-token-"
+TYPE = {"fieldSelector": "type=bootstrap.kubernetes.io/token"}
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A Secret as the mirror keeps it."""
+
+    uid: str
+    created: str  # RFC 3339, UTC
+    used: bool  # somebody has asked with it
+
+
+def keep(item: Json) -> Token:
+    metadata = item["metadata"]
+    return Token(metadata["uid"], metadata["creationTimestamp"], FIRST_KEY in metadata.get("annotations", {}))
+
+
+class Tokens:
+    def __init__(
+        self,
+        api: Api,
+        inventory: Callable[[], Inventory | None],
+        artifact: Callable[[], Artifact | None],
+        *,
+        retire_after: float,
+    ) -> None:
+        """retire_after: seconds that a Node is Ready before its token goes."""
+        self.work = Work("tokens")
+        self._api, self._inventory, self._artifact = api, inventory, artifact
+        self._retire_after = retire_after
+        self._ready: dict[str, float] = {}  # Node -> since when, monotonic
+        self._deleted: dict[str, str] = {}  # Node -> when the one that was deleted had been created
+
+    def node_changed(self, name: str, before: Seen | None, after: Seen | None) -> None:
+        if before is not None and (after is None or after.uid != before.uid):
+            self._deleted[name] = before.created
+            self._ready.pop(name, None)
+        if after is not None and after.ready:
+            self._ready.setdefault(name, time.monotonic())
+        else:
+            self._ready.pop(name, None)
+        self.work.add(name)
+
+    def secret_changed(self, name: str, before: Token | None, after: Token | None) -> None:
+        inventory = self._inventory()
+        kubelet = inventory.by_token.get(name.removeprefix(PREFIX)) if inventory is not None else None
+        if kubelet is not None:
+            self.work.add(kubelet.name)
+
+    def look(self, nodes: Mirror[Seen], secrets: Mirror[Token], name: str) -> float | None:
+        inventory = self._inventory()
+        if inventory is None or not nodes.synced.is_set() or not secrets.synced.is_set():
+            return None  # looked at again when they are there
+        kubelet = inventory.kubelets.get(name)
+        if kubelet is None:
+            return None
+        secret, node = secrets.get(PREFIX + kubelet.token_id), nodes.get(name)
+        if secret is None:
+            if node is None and not kubelet.denied:
+                self._bring(kubelet, inventory)
+            return None
+        if kubelet.denied:
+            self._delete(kubelet, secret, "it is denied")
+        elif node is None:
+            if secret.used and secret.created <= self._deleted.get(name, ""):
+                self._delete(kubelet, secret, "its Node was deleted; a fresh one follows")
+        elif name in self._ready:
+            left = self._ready[name] + self._retire_after - time.monotonic()
+            if left > 0:
+                return left
+            self._delete(kubelet, secret, "it has joined")
+        return None
+
+    def _bring(self, kubelet: Kubelet, inventory: Inventory) -> None:
+        artifact = self._artifact()
+        secret = artifact.tokens.get(kubelet.token_id) if artifact is not None else None
+        now = datetime.now(UTC)
+        if secret is None or now >= inventory.install_by:
+            return
+        if now >= datetime.fromisoformat(secret["stringData"]["expiration"]):
+            return  # of an older artifact than the cluster's: it would be cleaned away at once, again and again
+        try:  # the mirror may be late, and a token that was retired must not come back
+            self._api.call("GET", f"{NODES}/{kubelet.name}")
+            return
+        except Refused as refused:
+            if refused.code != 404:
+                raise
+        try:
+            self._api.call("POST", SECRETS, secret)
+        except Refused as refused:
+            if refused.code != 409:
+                raise
+        else:
+            say(f"token {kubelet.token_id} of {kubelet.name}: brought, until {secret['stringData']['expiration']}")
+
+    def _delete(self, kubelet: Kubelet, secret: Token, why: str) -> None:
+        """The very Secret that was looked at, not one that came after it."""
+        options = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": secret.uid}}
+        try:
+            self._api.call("DELETE", f"{SECRETS}/{PREFIX}{kubelet.token_id}", options)
+        except Refused as refused:
+            if refused.code not in (404, 409):
+                raise
+        else:
+            say(f"token {kubelet.token_id} of {kubelet.name}: deleted, for {why}")
