@@ -1,0 +1,99 @@
+"""nodebake status | health | diagnose | apply"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from machine import report, status
+from machine.system import System
+
+HEALTHY, UNHEALTHY, USAGE = 0, 1, 2
+FIRST_BOOT = "/opt/nodebake/first-boot"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `nodebake status | head` is no mistake
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    given = _parser().parse_args(arguments)
+    system = System(Path(getattr(given, "root", "/")).absolute())
+    if not system.root.is_dir():
+        return _fail(f"there is no folder {system.root}", USAGE)
+    if given.command == "status":
+        return _status(system, as_json=given.json)
+    if given.command == "health":
+        problems = status.health(system)
+        print(*problems, sep="\n", end="\n" if problems else "")
+        return UNHEALTHY if problems else HEALTHY
+    if given.command == "diagnose":
+        return _diagnose(system, given.output)
+    return _apply(given.folder)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nodebake", description="What this machine of a Nodebake cluster is and how it fares."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    shown = commands.add_parser(
+        "status",
+        help="what is done, what it waits for, units, endpoints, certificates",
+        epilog="Exit code: 0 installed and healthy, 1 not (yet), 2 wrong usage.",
+    )
+    shown.add_argument("--json", action="store_true", help="for programs")
+    commands.add_parser("health", help="one line for each thing that is not well; none, and exit code 0, when all is")
+    diagnosed = commands.add_parser("diagnose", help="one archive for support, secrets left out")
+    diagnosed.add_argument(
+        "--output", metavar="FILE", type=Path, help="instead of nodebake-<node>-<time>.tar.gz in /root or here"
+    )
+    for each in (shown, diagnosed):
+        each.add_argument("--root", metavar="DIR", default="/", help="a machine that does not run, mounted there")
+    applied = commands.add_parser("apply", help="make this machine what a later artifact says")
+    applied.add_argument("folder", metavar="DIR", type=Path, help="has node.tar.gz in it")
+    return parser
+
+
+def _status(system: System, *, as_json: bool) -> int:
+    found = status.gather(system)
+    if as_json:
+        print(found.json())
+    else:
+        print(*report.lines(found, colour=report.may_colour()), sep="\n")
+    return HEALTHY if found.healthy else UNHEALTHY
+
+
+def _diagnose(system: System, output: Path | None) -> int:
+    from machine import diagnose
+
+    try:
+        made = diagnose.write(system, output)
+    except OSError as error:
+        return _fail(f"the archive cannot be written: {error.strerror}: {error.filename}", UNHEALTHY)
+    print(made.path)
+    if made.missing:
+        print(f"{made.missing} things could not be had: about.txt in the archive tells which", file=sys.stderr)
+    if os.geteuid() != 0:
+        print("root sees more", file=sys.stderr)
+    return HEALTHY
+
+
+def _apply(folder: Path) -> int:
+    if not folder.is_dir():
+        return _fail(f"there is no folder {folder}", USAGE)
+    try:
+        os.execv(FIRST_BOOT, [FIRST_BOOT, "install", "--medium", str(folder.absolute())])  # noqa: S606 - it takes over
+    except OSError as error:
+        return _fail(f"{FIRST_BOOT} cannot be run: {error.strerror}", UNHEALTHY)
+
+
+def _fail(text: str, code: int) -> int:
+    print(f"nodebake: {text}", file=sys.stderr)
+    return code
