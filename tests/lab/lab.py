@@ -54,7 +54,8 @@ class Lab:
     ) -> None:
         with self._stack:
             if kind is not None and issubclass(kind, Exception):
-                self.keep_logs(os.environ.get("PYTEST_CURRENT_TEST", self.cluster.name))
+                test = os.environ.get("PYTEST_CURRENT_TEST", "lab").removesuffix(" (call)")
+                print(f"What the machines logged is kept in {self.keep_logs(test)}", file=sys.stderr)
 
     def machine(self, name: str) -> Machine:
         """A machine of the cluster: its empty disk, and its own ISO in the drive. Switched off at first."""
@@ -68,7 +69,7 @@ class Lab:
     @property
     def payload_volume(self) -> Path:
         """The ISO that machines with thin media share: for insert()."""
-        return self.build / "payloads.iso"
+        return self.build / "payloads" / "payloads.iso"
 
     def serve(self, folder: Path, port: int = 8080) -> str:
         """An HTTP server on the machines' network, as long as the lab is there; its URL."""
@@ -97,21 +98,26 @@ class Lab:
             shutil.copyfile(next(file.path for file in obtained if file.name == "kubectl"), program)
             program.chmod(0o755)
         home = f"HOME={self.folder}"  # kubectl keeps a cache there
-        command = ["env", home, program, f"--kubeconfig={self.build / 'admin.conf'}", *words]
+        on = [
+            node.name
+            for node in self.cluster.control_planes
+            if node.name in self.machines and self.machines[node.name].is_on
+        ]
+        context = [f"--context={self.cluster.name}-{on[0]}"] if on else []
+        command = ["env", home, program, f"--kubeconfig={self.build / 'admin.conf'}", *context, *words]
         return self.inside.run(command, check=check, stdin=stdin, timeout=timeout)
 
     def strays(self) -> list[Stray]:
         """What machines sent so far to addresses outside of the cluster's networks."""
         return self.switch.strays()
 
-    def keep_logs(self, name: str) -> Path:
-        """Keeps what every machine logged, under build/lab/failed, and says where. name: of the test."""
-        target = FAILED / re.sub(r"[^\w.-]+", "-", name.removesuffix(" (call)")).strip("-")
+    def keep_logs(self, test: str) -> Path:
+        """Keeps what every machine logged, under build/lab/failed/<test>, and gives back where."""
+        target = FAILED / re.sub(r"[^\w.-]+", "-", test.rsplit("/", 1)[-1]).strip("-") / self.cluster.name
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
         if self.inside.alive:
             for machine in self.machines.values():
                 machine.keep_logs(target / machine.name)
             (target / "strays.log").write_text("".join(f"{stray}\n" for stray in self.strays()))
-        print(f"What the machines logged is kept in {target}", file=sys.stderr)
         return target

@@ -49,10 +49,16 @@ class Machine:
         self._console = folder / "console.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._first: int | None = None
-        self._cut = False
         for name in ("upper", "work", "disk", *_REAL):
             (folder / name).mkdir(parents=True)
         self._drives = Drives(folder / "drives")
+        for link in node.network.links:
+            # cloud-init writes `link-local: []` for netplan, but forgets it when it writes for networkd.
+            quiet = folder / "upper/etc/systemd/network" / f"10-cloud-init-{link.name}.network.d"
+            quiet.mkdir(parents=True)
+            (quiet / "90-lab.conf").write_text("[Network]\nLinkLocalAddressing=no\n")
+        if node.serial is not None:
+            (folder / "serial").write_text(f"{node.serial}\n")
         shutil.copytree(SHIMS, folder / "upper", symlinks=True, dirs_exist_ok=True)
         layers = f"lowerdir={root},upperdir={folder / 'upper'},workdir={folder / 'work'}"
         inside.run(["mount", "-t", "overlay", "-o", layers, "lab", self._disk])
@@ -64,8 +70,6 @@ class Machine:
         if self.is_on:
             raise LabError("It is on already", where=self.name)
         namespace = self._switch.plug_in(self.node)
-        if self._cut:
-            self._switch.set_forwarding(self.node, False)
         groups = cgroups.make(self._folder.parent.name, self.name)
         enter = "".join(f"echo 0 >{group}/cgroup.procs; " for group in groups)
         with self._console.open("ab") as console:
@@ -118,6 +122,8 @@ class Machine:
         binds = [f"--bind={self._folder / name}:/var/lib/{name}" for name in _REAL]
         binds += [f"--bind-ro={self._drives.volumes}:/dev/disk/by-label", "--bind=/dev/kmsg"]
         binds += [f"--bind-ro={self._drives.seed}:/var/lib/cloud/seed/nocloud"]
+        if self.node.serial is not None:
+            binds.append(f"--bind-ro={self._folder / 'serial'}:/run/lab/serial")
         return [
             *("nsenter", f"--net=/run/netns/{namespace}", "--"),
             *("env", "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1", "SYSTEMD_NSPAWN_API_VFS_WRITABLE=network"),
@@ -138,17 +144,11 @@ class Machine:
         self._drives.eject(label)
 
     def cut(self) -> None:
-        """No frame comes or goes until heal(), though the cards have a link."""
-        self._cut = True
-        self._forward()
+        """No frame comes or goes until heal(), though the cards have a link; a power cycle does not mend it."""
+        self._switch.set_forwarding(self.node, False)
 
     def heal(self) -> None:
-        self._cut = False
-        self._forward()
-
-    def _forward(self) -> None:
-        if self.is_on:
-            self._switch.set_forwarding(self.node, not self._cut)
+        self._switch.set_forwarding(self.node, True)
 
     # -- looking in ---------------------------------------------------------------------------------------------------
 

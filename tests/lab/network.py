@@ -16,7 +16,6 @@ from tests.lab.namespaces import Namespaces
 from tests.lab.wire import Stray
 
 _BRIDGE = "lab"
-_DISABLED, _FORWARDING = "0", "3"  # states of a bridge's port
 
 
 class Switch:
@@ -27,6 +26,7 @@ class Switch:
         self._networks = sorted({interface.network for node in cluster.nodes for interface in node.network.addresses})
         routed = len({node.network.addresses[0].network for node in cluster.nodes}) > 1
         self.addresses = {network: self._address_in(network, routed) for network in self._networks}
+        self._cut: set[str] = set()
         self._batch(
             f"link add {_BRIDGE} type bridge mcast_snooping 0",
             *(
@@ -61,8 +61,9 @@ class Switch:
 
     def set_forwarding(self, node: Node, forwarding: bool) -> None:
         """Whether the switch carries the machine's frames. Its cards keep their link, as behind a broken switch."""
-        state = _FORWARDING if forwarding else _DISABLED
-        self._batch(*(f"link set {port} type bridge_slave state {state}" for port in self._ports(node)))
+        ports = self._ports(node)
+        self._cut = self._cut.difference(ports) if forwarding else self._cut.union(ports)
+        self._namespaces.run(["nft", "-f", "-"], stdin=wire.cut(self._cut))
 
     def strays(self) -> list[Stray]:
         names = {port: node.name for node in self._cluster.nodes for port in self._ports(node)}

@@ -1,13 +1,13 @@
-"""What machines send that is not for the cluster, counted by nftables where their cables end.
+"""Where the machines' cables end: what they send that is not for the cluster is counted, and a cable can be cut.
 
-Every packet that comes in from a machine is looked at: dynamic sets count each machine, destination and port, in the
-kernel, so nothing is missed and nothing is slowed down.
+By nftables: every packet that comes in from a machine is looked at, dynamic sets count each machine, destination and
+port in the kernel, so nothing is missed and nothing is slowed down.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
@@ -42,11 +42,20 @@ def rules(networks: Iterable[IPv4Network], known: Iterable[IPv4Address], quiet: 
         set kinds6 {{ typeof iifname . ip6 daddr . icmpv6 type; size 65535; flags dynamic; counter; }}
         set protocols6 {{ typeof iifname . ip6 daddr . ip6 nexthdr; size 65535; flags dynamic; counter; }}
         set asked {{ typeof iifname . arp daddr ip; size 65535; flags dynamic; counter; }}
+        set cut {{ typeof iifname; }}
         set frames {{ typeof iifname . ether type; size 65535; flags dynamic; counter; }}
         chain wire {{
             type filter hook prerouting priority -300;
             ether type vmap {{ ip : jump ipv4, ip6 : jump ipv6, arp : jump arp_requests }}
             ether type != {{ ip, ip6, arp }} update @frames {{ iifname . ether type }}
+        }}
+        chain cut_in {{
+            type filter hook prerouting priority -200;
+            iifname @cut drop
+        }}
+        chain cut_out {{
+            type filter hook postrouting priority -200;
+            oifname @cut drop
         }}
         chain ipv4 {{
             ip daddr @networks return
@@ -68,6 +77,12 @@ def rules(networks: Iterable[IPv4Network], known: Iterable[IPv4Address], quiet: 
 
 def _listed(things: Iterable[object]) -> str:
     return ", ".join(sorted({str(thing) for thing in things}))
+
+
+def cut(ports: Collection[str]) -> str:
+    """nftables' input: these ports of the switch, and no others, carry nothing."""
+    added = f"add element bridge {_TABLE} cut {{ {_listed(ports)} }}\n" if ports else ""
+    return f"flush set bridge {_TABLE} cut\n{added}"
 
 
 LISTING = ("nft", "--json", "--numeric", "list", "table", "bridge", _TABLE)

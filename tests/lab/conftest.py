@@ -1,0 +1,29 @@
+"""Where machines cannot run, their tests say what is lacking; where one fails, what its machines logged is kept."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+
+import pytest
+
+from tests.lab import host, lab
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if (lack := host.lacking()) is not None:
+        if os.environ.get("CI") == "true":
+            pytest.fail(lack, pytrace=False)
+        pytest.skip(lack)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Of labs that outlive the test; one that ends with it keeps its logs by itself."""
+    report = yield
+    if report.failed:
+        for one in lab.alive:
+            report.sections.append(("lab", f"What the machines logged is kept in {one.keep_logs(item.nodeid)}"))
+    return report
