@@ -60,6 +60,9 @@ class Machine:
         if node.serial is not None:
             (folder / "serial").write_text(f"{node.serial}\n")
         shutil.copytree(SHIMS, folder / "upper", symlinks=True, dirs_exist_ok=True)
+        for path in (folder / "upper").rglob("*"):
+            if path.is_dir():
+                path.chmod(0o755)  # whatever the umask was; files are as they were checked in
         layers = f"lowerdir={root},upperdir={folder / 'upper'},workdir={folder / 'work'}"
         inside.run(["mount", "-t", "overlay", "-o", layers, "lab", self._disk])
 

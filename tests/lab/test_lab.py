@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +16,8 @@ import pytest
 from recipes import seed
 from recipes.kit.model import Cluster, Node
 from tests import samples
-from tests.lab import host
+from tests.lab import cgroups, host, rootfs, runs
+from tests.lab import lab as labs
 from tests.lab.host import LabError
 from tests.lab.lab import Lab
 from tests.lab.machine import Machine, wait
@@ -241,3 +245,114 @@ def test_a_failing_program_is_told_with_its_output(lab: Lab) -> None:
         lab.machine("control-1").run("echo said out; echo said err >&2; exit 3")
     with pytest.raises(LabError, match=r"(?s)no end after 1 s.*so far"):
         lab.machine("control-1").run("echo so far; sleep 60", timeout=1)
+
+
+# -- several labs, and what killed ones leave behind ------------------------------------------------------------------
+
+_OTHER = """
+import sys, time
+from pathlib import Path
+from tests.lab.lab import Lab
+from tests.lab.test_lab import two
+
+with Lab(Path(sys.argv[1]), two()) as lab:
+    machine = lab.machine("control-1")
+    machine.power_on()
+    print(lab.folder.name, lab.inside.first, machine.first, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def other(build: Path) -> Iterator[tuple[subprocess.Popen[str], str, list[int]]]:
+    """Another process with a lab of the same cluster: (it, its run, PIDs of its first process and its machine's)."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _OTHER, build], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    run, *pids = process.stdout.readline().split()
+    yield process, run, [int(pid) for pid in pids]
+    process.kill()
+    process.wait()
+
+
+def gone(pid: int) -> bool:
+    """Whether it runs no more; who has to reap it is another question."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def left_of(run: str) -> list[Path]:
+    return [path for path in (runs.RUNS / run, *cgroups.folders(run)) if path.exists()]
+
+
+def test_two_labs_of_one_cluster_do_not_meet(lab: Lab, other: tuple[subprocess.Popen[str], str, list[int]]) -> None:
+    one, namespaces = lab.machine("control-1"), ["mnt", "net", "pid", "ipc"]
+    for kind in namespaces:
+        assert Path(f"/proc/{one.first}/ns/{kind}").readlink() != Path(f"/proc/{other[2][1]}/ns/{kind}").readlink()
+    assert Path("/run/netns").is_dir() is False or not any(Path("/run/netns").glob("m[0-9]*"))
+    assert not [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(runs.RUNS) in line]
+    assert reaches(one, lab.machine("worker-1").node)
+
+
+@pytest.mark.parametrize("victim", ["the tests", "the first process in the namespaces"])
+def test_what_a_killed_lab_left_is_gone_and_others_live(
+    lab: Lab, build: Path, other: tuple[subprocess.Popen[str], str, list[int]], victim: str
+) -> None:
+    process, run, pids = other
+    assert len(left_of(run)) >= 2
+    os.kill(process.pid if victim == "the tests" else pids[0], signal.SIGKILL)
+    wait(lambda: all(map(gone, pids)), 10, "every machine of the killed lab ended")
+    if victim != "the tests":
+        assert left_of(run), "its owner is alive and may look at it"
+        process.kill()
+    process.wait()
+    with Lab(build, two()):
+        assert left_of(run) == []
+        assert (runs.RUNS / lab.folder.name).is_dir()
+    assert all(one.is_on and one.run("true").returncode == 0 for one in lab.machines.values())
+    assert reaches(lab.machine("control-1"), lab.machine("worker-1").node)
+
+
+def test_a_lab_leaves_nothing(build: Path) -> None:
+    with Lab(build, two()) as made:
+        one = made.machine("control-1")
+        one.power_on()
+        pids, run = [one.first, made.inside.first], made.folder.name
+        assert len(left_of(run)) >= 2
+    assert left_of(run) == []
+    assert all(map(gone, pids))
+
+
+def test_logs_are_kept_when_a_test_fails(
+    build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(labs, "FAILED", tmp_path)
+    with pytest.raises(RuntimeError, match="a test's own"), Lab(build, two()) as made:
+        one = made.machine("control-1")
+        one.power_on()
+        one.wait_booted()
+        one.run("mkdir -p /var/log/pods/web && echo said >/var/log/pods/web/0.log")
+        one.run("logger -t unit told")
+        raise RuntimeError("a test's own")
+    (kept,) = tmp_path.glob("*/two/control-1")
+    assert "test_logs_are_kept_when_a_test_fails" in str(kept)
+    assert str(kept.parent) in capsys.readouterr().err
+    assert "unit[" in (kept / "journal.log").read_text() or "unit:" in (kept / "journal.log").read_text()
+    assert "cloud-init" in (kept / "console.log").read_text()
+    assert (kept / "pods/web/0.log").read_text() == "said\n"
+    assert "192.168.10.11" in (kept / "state.log").read_text()
+
+
+def test_the_root_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a mirror that is a folder without anything, so that it is told."""
+    monkeypatch.setattr(rootfs, "mirrors", lambda: [f"file:{tmp_path}/none"])
+    with pytest.raises(LabError, match=r"No Debian 13 \(trixie\)") as told:
+        rootfs.obtain(tmp_path / "made")
+    assert f"file:{tmp_path}/none" in str(told.value)
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["lock"]
+    root = rootfs.obtain()
+    assert (root / "etc/debian_version").read_text().startswith("13")
+    assert not list(root.glob("etc/ssh/ssh_host_*"))
