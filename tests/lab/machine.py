@@ -16,7 +16,7 @@ from tests.lab import cgroups, host, namespaces
 from tests.lab.host import PATH, Argument, LabError
 from tests.lab.media import Drives
 from tests.lab.namespaces import Namespaces
-from tests.lab.network import Switch
+from tests.lab.network import Switch, card_name
 
 SHIMS = Path(__file__).parent / "shims"
 # Overlayfs holds none of these: etcd's fsync and containerd's own overlays want a real file system.
@@ -54,7 +54,7 @@ class Machine:
         self._drives = Drives(folder / "drives")
         for link in node.network.links:
             # cloud-init writes `link-local: []` for netplan, but forgets it when it writes for networkd.
-            quiet = folder / "upper/etc/systemd/network" / f"10-cloud-init-{link.name}.network.d"
+            quiet = folder / "upper/etc/systemd/network" / f"10-cloud-init-{card_name(link)}.network.d"
             quiet.mkdir(parents=True)
             (quiet / "90-lab.conf").write_text("[Network]\nLinkLocalAddressing=no\n")
         if node.serial is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv4Network
 
-from recipes.kit.model import Cluster, Node
+from recipes.kit.model import Cluster, Link, Node
 from tests.lab import wire
 from tests.lab.host import LabError
 from tests.lab.namespaces import Namespaces
@@ -74,10 +74,8 @@ class Switch:
 
     def _cards(self, node: Node, namespace: str) -> Iterator[str]:
         for number, (port, link) in enumerate(zip(self._ports(node), node.network.links, strict=True)):
-            # Names that are patterns stand for whatever a card is called.
-            name = f"enp{number + 1}s0" if set("*?[") & set(link.name) else link.name
             mac = link.mac or (b"\2\0" + (256 * self._numbers[node.name] + number).to_bytes(4, "big")).hex(":")
-            peer = f"peer name {name} address {mac} mtu {self._mtu} netns {namespace}"
+            peer = f"peer name {card_name(link)} address {mac} mtu {self._mtu} netns {namespace}"
             yield f"link add {port} mtu {self._mtu} type veth {peer}"
             yield f"link set {port} master {_BRIDGE} up"
 
@@ -104,3 +102,9 @@ class Switch:
 
     def _batch(self, *lines: str) -> None:
         self._namespaces.run(["ip", "-batch", "-"], stdin="".join(f"{line}\n" for line in lines))
+
+
+def card_name(link: Link) -> str:
+    """What the card is called on the machine. For a pattern, which cloud-init hands on to netplan but not to networkd,
+    it is the identifier in the seed's network-config."""
+    return "nic0" if set("*?[") & set(link.name) else link.name
