@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import os
+import random
 import re
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -15,12 +18,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, cast
 
 import pytest
 from cryptography import x509
@@ -30,7 +34,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from recipes import node as nodes
-from recipes.kit import overlay, store
+from recipes.kit import store
 from recipes.kit.model import Cluster, Node
 from tests import samples
 from tests.layout import IMAGES, Layout, Running, on_loopback
@@ -38,7 +42,7 @@ from tests.layout import IMAGES, Layout, Running, on_loopback
 sys.dont_write_bytecode = True  # the overlays' folder is baked as it is
 
 from controller import approve, credentials, inventory, judge, labels, lease, objects, tokens, work  # noqa: E402
-from controller.api import Api, Json, Refused  # noqa: E402
+from controller.api import MERGE, Api, Json, Refused  # noqa: E402
 from controller.mirror import Mirror  # noqa: E402
 
 NOW = datetime(2026, 12, 1, tzinfo=UTC)
@@ -397,6 +401,66 @@ def test_the_queue_holds_a_name_once_and_brings_the_sooner_time() -> None:
     assert queue.take() == "b"
 
 
+class Scripted:
+    """An API server that answers lists and watches with what it was given, and then is gone."""
+
+    def __init__(self, lists: Iterable[Json], watches: Iterable[list[tuple[str, Json]] | Exception]) -> None:
+        self.lists, self.watches = iter(lists), iter(watches)
+        self.asked: list[str] = []
+
+    def call(self, method: str, path: str, *, query: Mapping[str, str], accept: str) -> Json:
+        self.asked.append("list" + (f" from {query['continue']}" if "continue" in query else ""))
+        return next(self.lists)
+
+    def watch(self, path: str, query: Mapping[str, str], accept: str) -> Iterator[tuple[str, Json]]:
+        self.asked.append(f"watch from {query['resourceVersion']}")
+        for events in self.watches:
+            if isinstance(events, Exception):
+                raise events
+            return iter(events)
+        raise SystemExit
+
+
+def thing(name: str, version: int, **fields: Any) -> Json:
+    return {"metadata": {"name": name, "resourceVersion": str(version)}, **fields}
+
+
+def page(version: int, *items: Json, follow: str = "") -> Json:
+    return {"metadata": {"resourceVersion": str(version), "continue": follow}, "items": list(items)}
+
+
+def test_a_mirror_lists_once_and_again_only_when_its_version_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    server = Scripted(
+        [page(5, thing("a", 1, x=1), follow="here"), page(5, thing("b", 2, x=2)), page(20, thing("b", 2, x=2))],
+        [
+            [("MODIFIED", thing("a", 6, x=9)), ("ADDED", thing("c", 7, x=None)), ("BOOKMARK", thing("", 8))],
+            ConnectionError("away"),
+            [("DELETED", thing("b", 9, x=2)), ("ADDED", thing("b", 10, x=2)), ("MODIFIED", thing("b", 11))],
+            Refused(410, "too old"),
+            [],
+        ],
+    )
+    seen: list[tuple[str, int | None, int | None]] = []
+    complete: list[str] = []
+    copy: Mirror[int] = Mirror(
+        "things",
+        cast(Api, server),
+        "/things",
+        lambda item: cast("int | None", item["x"]),  # None is not kept, a missing one cannot be read
+        lambda *change: seen.append(change),
+        lambda: complete.append("list"),
+    )
+    with pytest.raises(SystemExit):
+        copy.run()
+    assert server.asked == [
+        *("list", "list from here", "watch from 5", "watch from 8", "watch from 8", "watch from 11"),
+        *("list", "watch from 20", "watch from 20"),
+    ]
+    assert seen == [("a", None, 1), ("b", None, 2), ("a", 1, 9), ("b", 2, None), ("b", None, 2), ("a", 9, None)]
+    assert (copy.names(), copy.get("b"), complete) == (["b"], 2, ["list", "list"])
+
+
 # ---- the whole daemon
 
 
@@ -440,7 +504,7 @@ class Stand:
         return bake(folder, cluster, cluster.control_planes[0], secrets or self.secrets, generation)
 
     @contextmanager
-    def daemon(self, artifact: Path, *more: str, node: str = "control-1") -> Iterator[Running]:
+    def daemon(self, artifact: Path, *more: str, node: str = "control-1", **environment: str) -> Iterator[Running]:
         """The unit's real command line, here."""
         runtime = self.folder / f"runtime-{node}"
         log = self.folder / f"{node}-{time.monotonic_ns()}.log"
@@ -448,7 +512,7 @@ class Stand:
         command += [f"--kubectl={self.machine.binaries}/kubectl", f"--authority-key={self.authority.key}"]
         command += [f"--runtime={runtime}", f"--artifact={artifact}", f"--node={node}", "--retire-after=1", *more]
         with log.open("wb") as out:
-            process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **environment})
         running = Running(process, log)
         try:
             yield running
@@ -501,6 +565,18 @@ class Stand:
             told: Json = json.loads(answer.read())
             return told
 
+    def can_ask(
+        self, name: str, node: str, secrets: store.Secrets | None = None, *, signed_with: PrivateKey = KEY
+    ) -> bool:
+        """Asks with a machine's token, which the API server may not know yet."""
+        try:
+            bearer = (secrets or self.secrets).tokens[node].bearer
+            self.ask(name, request_pem(f"system:node:{node}", signed_with=signed_with), token=bearer)
+        except urllib.error.HTTPError as error:
+            assert error.code == 401
+            return False
+        return True
+
     def request(self, name: str) -> Json:
         found: Json = self.admin.call("GET", f"{approve.REQUESTS}/{name}")
         return found
@@ -526,7 +602,7 @@ class Stand:
         return self.secrets.tokens[node].bearer
 
     def secret(self, node: str) -> Json | None:
-        return self._or_none(f"{tokens.SECRETS}/bootstrap-token-{self.secrets.tokens[node].id}")
+        return self.found(f"{tokens.SECRETS}/bootstrap-token-{self.secrets.tokens[node].id}")
 
     def brought(self) -> set[str]:
         """The machines whose tokens the cluster has."""
@@ -535,7 +611,7 @@ class Stand:
         return {names[item["metadata"]["name"].removeprefix("bootstrap-token-")] for item in listed}
 
     def published(self) -> inventory.Published | None:
-        found = self._or_none(f"{objects.CONFIG_MAPS}/{inventory.NAME}")
+        found = self.found(f"{objects.CONFIG_MAPS}/{inventory.NAME}")
         return inventory.published(found) if found is not None else None
 
     def applied(self, generation: int, seconds: float = 60) -> None:
@@ -545,12 +621,12 @@ class Stand:
 
         eventually(check, f"generation {generation} is applied", seconds)
 
-    def register(self, name: str, ready: bool = False, **labelled: str) -> None:
+    def register(self, name: str, ready: bool = False, more: Mapping[str, str] = MappingProxyType({})) -> None:
         """A Node, as a kubelet registers it."""
         self.admin.call(
             "POST",
             labels.NODES,
-            {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": {"plain": "x", **labelled}}},
+            {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": {"plain": "x", **more}}},
         )
         if ready:
             self.ready(name)
@@ -577,13 +653,18 @@ class Stand:
         for collection, query in ((labels.NODES, {}), (approve.REQUESTS, {}), (tokens.SECRETS, tokens.TYPE)):
             self.admin.call("DELETE", collection, query=query)
 
-    def _or_none(self, path: str) -> Json | None:
+    def found(self, path: str) -> Json | None:
         try:
             found: Json = self.admin.call("GET", path)
         except Refused as refused:
             assert refused.code == 404
             return None
         return found
+
+
+def pause(seconds: float) -> bool:
+    time.sleep(seconds)
+    return True
 
 
 def eventually(check: Callable[[], bool], what: str, seconds: float = 20) -> None:
@@ -646,3 +727,551 @@ def test_a_new_cluster_gets_its_objects(running_plane: Stand, first_start: str) 
     coredns = running_plane.admin.call("GET", "/apis/apps/v1/namespaces/kube-system/deployments/coredns")
     assert {each["manager"] for each in coredns["metadata"]["managedFields"]} >= {"nodebake"}
     assert not list((running_plane.folder / "runtime-control-1").glob("apply*")), "the privileged certificate is gone"
+
+
+def kubelets_request(stand: Stand, node: str, signed_with: PrivateKey, serving: bool = False) -> bytes:
+    """As the kubelet of a machine asks."""
+    addresses = next(each for each in stand.cluster.nodes if each.name == node).addresses
+    sans = [x509.DNSName(node), *map(x509.IPAddress, addresses)] if serving else []
+    return request_pem(f"system:node:{node}", sans=sans, signed_with=signed_with)
+
+
+def digest(signed_with: PrivateKey) -> str:
+    pem = request_pem("x", signed_with=signed_with)
+    asked = judge._parse(pem)
+    assert not isinstance(asked, str)
+    return judge._digest(asked)
+
+
+def test_a_machine_joins(plane: Stand) -> None:
+    with plane.daemon(plane.artifact(1)) as running:
+        eventually(lambda: plane.brought() == {node.name for node in plane.cluster.nodes}, "every machine has a token")
+        plane.ask("first", kubelets_request(plane, "worker-1", KEY), token=plane.bearer("worker-1"))
+        assert plane.outcome("first") == ("Approved", "client certificate of worker-1, as baked")
+        client = plane.certificate("first")
+        authority = x509.load_pem_x509_certificate(plane.authority.certificate.read_bytes())
+        client.verify_directly_issued_by(authority)
+        assert client.public_key() == KEY.public_key()
+        assert client.subject.rfc4514_string() == "CN=system:node:worker-1,O=system:nodes"
+
+        plane.ask("serving", kubelets_request(plane, "worker-1", KEY, serving=True), node="worker-1", signer=SERVING)
+        assert plane.outcome("serving") == ("Approved", "serving certificate of worker-1, as baked")
+        served = plane.certificate("serving")
+        served.verify_directly_issued_by(
+            x509.load_pem_x509_certificate((plane.pki / "kubelet-serving-ca.crt").read_bytes())
+        )
+        names = served.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        assert names.get_values_for_type(x509.DNSName) == ["worker-1"]
+
+        plane.ask("renewal", kubelets_request(plane, "worker-1", key()), node="worker-1")
+        assert plane.outcome("renewal") == ("Approved", "client certificate of worker-1, as baked")
+        lines = running.said.splitlines()
+    for name, who in (("first", f"bootstrap:{plane.secrets.tokens['worker-1'].id}"), ("renewal", "node:worker-1")):
+        assert f"request {name} of system:{who}: approved: client certificate of worker-1, as baked" in lines
+
+
+def test_what_no_kubelet_asks_for_is_refused_with_its_reason(plane: Stand) -> None:
+    bad: dict[str, tuple[bytes, dict[str, Any], str]] = {
+        "anothers-name": (request_pem("system:node:worker-2"), {}, "for the name system:node:worker-2"),
+        "organization": (request_pem("system:node:worker-1", ["x"]), {}, "for the organization x"),
+        "usages": (
+            request_pem("system:node:worker-1"),
+            {"usages": ["digital signature", "client auth", "server auth"]},
+            "usages that no kubelet has: server auth",
+        ),
+        "sans": (kubelets_request(plane, "worker-1", KEY, serving=True), {}, "has no alternative names"),
+        "by-token": (
+            kubelets_request(plane, "worker-1", KEY, serving=True),
+            {"signer": SERVING},
+            "a bootstrap token may ask for a client certificate only",
+        ),
+        "foreign-address": (
+            request_pem("system:node:worker-1", sans=[x509.DNSName("worker-1"), address("192.0.2.1")]),
+            {"signer": SERVING, "token": None, "node": "worker-1"},
+            "192.0.2.1 is no address of worker-1",
+        ),
+    }
+    with plane.daemon(plane.artifact(1)) as running:
+        eventually(lambda: "worker-1" in plane.brought(), "it has a token")
+        for name, (pem, how, _) in bad.items():
+            plane.ask(name, pem, **{"token": plane.bearer("worker-1"), **how})
+        for name, (_, _, why) in bad.items():
+            decision, told = plane.outcome(name)
+            assert (decision, why in told) == ("Denied", True), told
+            running.until(rf"request {name} of system:\S+: refused: .*{re.escape(why)}", 5)
+        secret = plane.secret("worker-1")
+        assert secret is not None and approve.FIRST_KEY not in secret["metadata"].get("annotations", {})
+
+        plane.ask("good", kubelets_request(plane, "worker-1", KEY), token=plane.bearer("worker-1"))
+        assert plane.outcome("good")[0] == "Approved"
+        plane.ask("second-key", kubelets_request(plane, "worker-1", key()), token=plane.bearer("worker-1"))
+        decision, told = plane.outcome("second-key")
+        assert decision == "Denied" and "was first used with the key" in told and digest(KEY)[:16] in told
+        assert "delete the Secret kube-system/bootstrap-token-" in told
+        plane.ask("first-key-again", kubelets_request(plane, "worker-1", KEY), token=plane.bearer("worker-1"))
+        assert plane.outcome("first-key-again")[0] == "Approved"
+        plane.ask("stranger", request_pem("system:node:worker-9"), node="worker-9")
+        running.until(
+            r"request stranger of system:node:worker-9: left waiting: the node worker-9 is not in the inventory of"
+            r" generation 1; if it shall join, bake the cluster"
+        )
+        assert plane.request("stranger").get("status", {}) == {}
+
+
+def test_what_comes_of_a_token_after_its_time(plane: Stand) -> None:
+    """Its Secret is gone, or installBy has passed, while a request that was made with it still waits."""
+    late = replace(plane.secrets, install_by=datetime.now(UTC).replace(microsecond=0) - timedelta(hours=1))
+    artifact = plane.artifact(2, secrets=late)
+    secrets = {each["metadata"]["name"]: each for each in inventory.read_artifact(plane.artifact(1)).tokens.values()}
+    for name in ("worker-1", "worker-2"):
+        plane.admin.call("POST", tokens.SECRETS, secrets[f"bootstrap-token-{plane.secrets.tokens[name].id}"])
+        eventually(lambda name=name: plane.can_ask(f"of-{name}", name), "the token is known")  # type: ignore[misc]
+    plane.register("worker-1")
+    plane.remove(f"{tokens.SECRETS}/bootstrap-token-{plane.secrets.tokens['worker-1'].id}")
+    with plane.daemon(plane.artifact(1)) as running:
+        decision, told = plane.outcome("of-worker-1", 60)
+        assert (decision, told.endswith("was retired, or its time is over")) == ("Denied", True)
+        assert plane.outcome("of-worker-2")[0] == "Approved"
+        assert plane.brought() == {"control-1", "worker-2", "worker-3", "worker-4"}, "a Node needs none"
+        # The API server remembers for some seconds that it took a token.
+        names = (f"retired-{i}" for i in range(99))
+        asked = list(itertools.takewhile(lambda name: pause(0.5) and plane.can_ask(name, "worker-1"), names))
+        assert len(asked) < 60 and {plane.outcome(name)[0] for name in asked} <= {"Denied"}
+        plane.ask("waits", kubelets_request(plane, "worker-3", KEY), token=plane.bearer("worker-3"))
+        assert plane.outcome("waits")[0] == "Approved"
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(10) == 0
+    plane.ask("too-late", kubelets_request(plane, "worker-2", KEY), token=plane.bearer("worker-2"))
+    plane.remove(f"{tokens.SECRETS}/bootstrap-token-{plane.secrets.tokens['worker-4'].id}")
+    with plane.daemon(artifact):
+        decision, told = plane.outcome("too-late", 60)
+        assert (decision, "worker-2 was to be installed by" in told) == ("Denied", True)
+        plane.applied(2)
+        assert plane.brought() == {"control-1", "worker-2", "worker-3"}, "none is brought any more"
+
+
+def test_a_denied_machine_gets_nothing_and_loses_its_token(plane: Stand) -> None:
+    denied = named(plane.cluster, "worker-1", denied=True)
+    with plane.daemon(plane.artifact(1)) as running:
+        eventually(lambda: "worker-1" in plane.brought(), "it has a token")
+        running.process.kill()
+    plane.ask("of-denied", kubelets_request(plane, "worker-1", KEY), token=plane.bearer("worker-1"))
+    plane.ask("renewal-of-denied", kubelets_request(plane, "worker-1", KEY), node="worker-1")
+    plane.ask("served-of-denied", kubelets_request(plane, "worker-1", KEY, True), node="worker-1", signer=SERVING)
+    plane.ask("of-other", kubelets_request(plane, "worker-2", KEY), node="worker-2")
+    with plane.daemon(plane.artifact(2, denied)) as running:
+        for name in ("of-denied", "renewal-of-denied", "served-of-denied"):
+            assert plane.outcome(name, 60) == ("Denied", "worker-1 is denied")
+        assert plane.outcome("of-other")[0] == "Approved"
+        eventually(lambda: plane.secret("worker-1") is None, "its token is gone")
+        running.until(rf"token {plane.secrets.tokens['worker-1'].id} of worker-1: deleted, for it is denied")
+    assert plane.brought() == {"control-1", "worker-2", "worker-3", "worker-4"}
+
+
+def test_three_daemons_and_two_keys_for_each_token(plane: Stand) -> None:
+    """Whoever looks first decides, and all the others agree with him."""
+    artifact = plane.artifact(1)
+    machines = [f"worker-{i}" for i in (1, 2, 3, 4)]
+    with ExitStack() as stack:
+        daemons = [stack.enter_context(plane.daemon(artifact, node=f"control-{i}")) for i in (1, 2, 3)]
+        for running in daemons:
+            running.until("the cluster holds generation 1")
+        eventually(lambda: plane.brought() >= set(machines), "they have tokens")
+        keys = {(name, which): key() for name in machines for which in "ab"}
+        senders = [
+            threading.Thread(
+                target=plane.ask,
+                args=(f"{name}-{which}", kubelets_request(plane, name, keys[name, which])),
+                kwargs={"token": plane.bearer(name)},
+            )
+            for name, which in keys
+        ]
+        for sender in senders:
+            sender.start()
+        for sender in senders:
+            sender.join()
+        outcomes = {key: plane.outcome("-".join(key))[0] for key in keys}
+        time.sleep(1)  # a second look of one of them would come by now
+        for name in machines:
+            assert sorted(outcomes[name, which] for which in "ab") == ["Approved", "Denied"]
+            winner = "a" if outcomes[name, "a"] == "Approved" else "b"
+            secret = plane.secret(name)
+            assert secret is not None
+            assert secret["metadata"]["annotations"][approve.FIRST_KEY] == digest(keys[name, winner])
+        said = "".join(running.said for running in daemons)
+        assert len(re.findall(r": (?:approv|refus)ed: ", said)) == len(keys), "each was decided once"
+        assert len(re.findall(r": brought, until", said)) == 5, "and each token brought once"
+
+
+def test_an_older_artifact_applies_nothing_and_judges_by_the_newer_inventory(plane: Stand) -> None:
+    newer = named(plane.cluster, "worker-1", denied=True)
+    with plane.daemon(plane.artifact(5, newer)) as running:
+        plane.applied(5)
+        running.process.kill()
+    held = plane.published()
+    with plane.daemon(plane.artifact(4), "--kubectl=/nonexistent", node="control-2") as running:
+        running.until(
+            r"the cluster is at generation 5, this machine's artifact at 4: it applies nothing, and judges by the"
+            r" cluster's inventory"
+        )
+        eventually(lambda: plane.brought() == {"control-1", "worker-2", "worker-3", "worker-4"}, "by the newer one")
+        plane.ask("denied-by-now", kubelets_request(plane, "worker-1", KEY), node="worker-1")
+        assert plane.outcome("denied-by-now") == ("Denied", "worker-1 is denied")
+    assert plane.published() == held, "nothing was written"
+
+
+def test_a_worker_is_added_to_a_running_cluster_by_two_objects(plane: Stand) -> None:
+    """Its token and the inventory; no control plane has the artifact that they come from."""
+    extra = samples.node("worker-5", "worker", 25)
+    more = replace(plane.cluster, nodes=(*plane.cluster.nodes, extra))
+    secrets = store.open(plane.folder / "secrets", more, now=datetime.now(UTC))
+    made = inventory.read_artifact(plane.artifact(2, more, secrets))
+    pem = request_pem("system:node:worker-5")
+    with plane.daemon(plane.artifact(1)):
+        plane.applied(1)
+        plane.admin.call("POST", tokens.SECRETS, made.tokens[secrets.tokens["worker-5"].id])
+        eventually(lambda: plane.can_ask("early", "worker-5", secrets), "the token is known")
+        time.sleep(1)
+        assert plane.request("early").get("status", {}) == {}, "the inventory does not know it yet"
+        whole = inventory.config_map(made.inventory, 0)
+        patch = {"data": {"generation": "2"}, "binaryData": whole["binaryData"]}
+        plane.admin.call("PATCH", f"{objects.CONFIG_MAPS}/{inventory.NAME}", patch, kind=MERGE)
+        assert plane.outcome("early")[0] == "Approved"
+        assert plane.certificate("early").public_key() == x509.load_pem_x509_csr(pem).public_key()
+    held = plane.published()
+    assert held is not None and (held.generation, held.applied) == (2, 1), (
+        "so that the artifact is applied when it comes"
+    )
+
+
+def test_a_reinstall_begins_with_deleting_the_node(plane: Stand) -> None:
+    with plane.daemon(plane.artifact(1)) as running:
+        eventually(lambda: plane.brought() >= {"worker-1", "worker-2"}, "they have tokens")
+        for name in ("worker-1", "worker-2"):
+            plane.ask(f"{name}-first", kubelets_request(plane, name, KEY), token=plane.bearer(name))
+            assert plane.outcome(f"{name}-first")[0] == "Approved"
+        # worker-1 joins wholly, worker-2 is taken back before it is Ready.
+        before = plane.secret("worker-2")
+        plane.register("worker-1", ready=True)
+        plane.register("worker-2")
+        eventually(lambda: plane.secret("worker-1") is None, "the token of a Ready node is retired")
+        running.until(r"of worker-1: deleted, for it has joined")
+        assert plane.secret("worker-2") is not None, "that of one that is not is kept"
+        for name in ("worker-1", "worker-2"):
+            plane.remove(f"{labels.NODES}/{name}")
+            eventually(lambda name=name: is_fresh(plane.secret(name)), f"{name} has a fresh token")  # type: ignore[misc]
+            new = key()
+            eventually(lambda name=name, new=new: plane.can_ask(f"{name}-again", name, signed_with=new), "it is known")  # type: ignore[misc]
+            assert plane.outcome(f"{name}-again")[0] == "Approved"
+        after = plane.secret("worker-2")
+        assert before is not None and after is not None and before["metadata"]["uid"] != after["metadata"]["uid"]
+
+
+def is_fresh(secret: Json | None) -> bool:
+    return secret is not None and approve.FIRST_KEY not in secret["metadata"].get("annotations", {})
+
+
+def test_a_node_that_is_not_ready_for_long_keeps_its_token(plane: Stand) -> None:
+    with plane.daemon(plane.artifact(1), "--retire-after=3"):
+        eventually(lambda: "worker-1" in plane.brought(), "it has a token")
+        plane.register("worker-1", ready=True)
+        time.sleep(1.5)
+        plane.ready("worker-1", "False")
+        time.sleep(2.5)
+        assert plane.secret("worker-1") is not None
+        plane.ready("worker-1")
+        eventually(lambda: plane.secret("worker-1") is None, "it is retired")
+
+
+# ---- objects
+
+
+def recording(stand: Stand, name: str) -> Path:
+    """A kubectl that writes down when it is called."""
+    program = stand.folder / f"kubectl-{name}"
+    program.write_text(f'#!/bin/sh\necho "$@" >>{program}.calls\nexec {stand.machine.binaries}/kubectl "$@"\n')
+    program.chmod(0o755)
+    return program
+
+
+def calls(program: Path) -> int:
+    file = Path(f"{program}.calls")
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def test_objects_are_applied_once_and_again_with_a_newer_artifact(plane: Stand) -> None:
+    kubectl = recording(plane, "once")
+    artifact = plane.artifact(1)
+    with plane.daemon(artifact, f"--kubectl={kubectl}"):
+        plane.applied(1)
+    with plane.daemon(artifact, f"--kubectl={kubectl}") as running:
+        running.until("generation 1 is applied")
+        assert calls(kubectl) == 1
+        newer = plane.artifact(2)
+        for name in ("objects/10-cluster.yaml", "objects/90-tokens.yaml", "inventory.json"):
+            (newer / name).replace(artifact / name)
+        plane.applied(2)
+        assert calls(kubectl) == 2
+        running.until(r"the artifact on this machine is generation 2\n(.*\n)*.*generation 2 is applied")
+    text = Path(f"{kubectl}.calls").read_text()
+    assert "--server-side" in text and "PRIVATE" not in text
+
+
+CRD = """
+apiVersion: example.com/v1
+kind: Widget
+metadata: {name: one, namespace: kube-system}
+---
+apiVersion: apiextensions.k8s.io/v1
+kind: CustomResourceDefinition
+metadata: {name: widgets.example.com}
+spec:
+  group: example.com
+  scope: Namespaced
+  names: {kind: Widget, plural: widgets}
+  versions:
+    - {name: v1, served: true, storage: true, schema: {openAPIV3Schema: {type: object}}}
+"""
+ORPHAN = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: x, namespace: nowhere}\n"
+
+
+def test_a_definition_and_its_object_in_one_artifact(plane: Stand) -> None:
+    extra = plane.folder / "crd.yaml"
+    extra.write_text(CRD)
+    with plane.daemon(plane.artifact(1, replace(plane.cluster, extra_objects=(extra,)))) as running:
+        plane.applied(1)
+        assert "kubectl could not apply everything" in running.said
+    assert plane.admin.call("GET", "/apis/example.com/v1/namespaces/kube-system/widgets/one")["kind"] == "Widget"
+    plane.remove("/apis/apiextensions.k8s.io/v1/customresourcedefinitions/widgets.example.com")
+
+
+def test_an_object_that_is_never_taken_keeps_no_machine_from_joining(plane: Stand) -> None:
+    extra = plane.folder / "orphan.yaml"
+    extra.write_text(ORPHAN)
+    with plane.daemon(plane.artifact(1, replace(plane.cluster, extra_objects=(extra,)))) as running:
+        running.until(r'kubectl could not apply everything: .*namespaces "nowhere" not found; trying again')
+        eventually(lambda: "worker-1" in plane.brought(), "it has a token")
+        plane.ask("joins", kubelets_request(plane, "worker-1", KEY), token=plane.bearer("worker-1"))
+        assert plane.outcome("joins")[0] == "Approved"
+        held = plane.published()
+        assert held is not None and (held.generation, held.applied) == (1, 0)
+        namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "nowhere"}}
+        plane.admin.call("POST", "/api/v1/namespaces", namespace)
+        plane.applied(1, 90)
+        running.until("cluster objects: works again")
+
+
+def test_rights_that_were_taken_away_are_applied_again(plane: Stand) -> None:
+    artifact = plane.artifact(1)
+    with plane.daemon(artifact):
+        plane.applied(1)
+    binding = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/nodebake:controller"
+    role = "/apis/rbac.authorization.k8s.io/v1/namespaces/kube-system/rolebindings/nodebake:controller"
+    plane.remove(binding)
+    plane.remove(role)
+    with plane.daemon(artifact):
+        eventually(lambda: None not in (plane.found(binding), plane.found(role)), "they are back", 60)
+
+
+def test_a_control_plane_that_was_killed_while_applying(plane: Stand) -> None:
+    """It finds its lease again at once; another one waits until that is over."""
+    stuck = recording(plane, "stuck")
+    own_id = plane.folder / "stuck.pid"
+    stuck.write_text(f"#!/bin/sh\necho $$ >{own_id}\necho $@ >>{stuck}.calls\nexec sleep 600\n")
+    artifact = plane.artifact(1)
+
+    def kill_one(node: str) -> None:
+        count = calls(stuck)
+        with plane.daemon(artifact, f"--kubectl={stuck}", node=node) as running:
+            eventually(lambda: calls(stuck) > count, "it applies", 60)
+            assert (plane.folder / f"runtime-{node}" / "apply.pem").stat().st_mode & 0o777 == 0o600
+            running.process.kill()
+        os.kill(int(own_id.read_text()), signal.SIGKILL)  # as systemd does with what is left of a unit
+
+    kill_one("control-1")
+    held = plane.published()
+    assert held is not None and (held.generation, held.applied) == (1, 0)
+    assert (plane.folder / "runtime-control-1" / "apply.pem").exists()
+    started = time.monotonic()
+    with plane.daemon(artifact):
+        plane.applied(1)
+        assert time.monotonic() - started < lease.SECONDS
+        assert not (plane.folder / "runtime-control-1" / "apply.pem").exists()
+
+    artifact = plane.artifact(2)
+    kill_one("control-1")
+    started = time.monotonic()
+    with plane.daemon(artifact, node="control-2"):
+        plane.applied(2)
+        assert lease.SECONDS - 3 < time.monotonic() - started < lease.SECONDS + 20
+
+
+def test_daemons_that_are_killed_again_and_again(plane: Stand) -> None:
+    """At no time that one could choose; what was begun is finished, and nothing is decided twice."""
+    artifact, chance = plane.artifact(1), random.Random(7)  # noqa: S311
+    secrets = {each["metadata"]["name"]: each for each in inventory.read_artifact(artifact).tokens.values()}
+    machines = [f"worker-{i}" for i in (1, 2, 3, 4)]
+    for name in machines:
+        plane.admin.call("POST", tokens.SECRETS, secrets[f"bootstrap-token-{plane.secrets.tokens[name].id}"])
+    for name in machines:
+        eventually(lambda name=name: plane.can_ask(name, name), "the token is known")  # type: ignore[misc]
+    for kill in range(8):
+        with plane.daemon(artifact, node=f"control-{kill % 2 + 1}") as running:
+            time.sleep(0.6 + chance.random() * 1.6)
+            running.process.kill()
+    with plane.daemon(artifact) as running:
+        for name in machines:
+            assert plane.outcome(name, 60)[0] == "Approved"
+            secret = plane.secret(name)
+            assert secret is not None and secret["metadata"]["annotations"][approve.FIRST_KEY] == digest(KEY)
+        plane.applied(1)
+        eventually(lambda: plane.brought() == {"control-1", *machines}, "all tokens are there")
+
+
+def test_one_that_was_killed_between_pinning_and_approving(plane: Stand) -> None:
+    with plane.daemon(plane.artifact(1)) as running:
+        eventually(lambda: plane.brought() >= {"worker-1", "worker-2"}, "they have tokens")
+        running.process.kill()
+    for name, first in (("worker-1", KEY), ("worker-2", key())):
+        metadata = {"annotations": {approve.FIRST_KEY: digest(first)}}
+        path = f"{tokens.SECRETS}/bootstrap-token-{plane.secrets.tokens[name].id}"
+        plane.admin.call("PATCH", path, {"metadata": metadata}, kind=MERGE)
+        assert plane.can_ask(name, name)
+    with plane.daemon(plane.artifact(1)):
+        assert plane.outcome("worker-1", 60)[0] == "Approved"
+        assert plane.outcome("worker-2", 60)[0] == "Denied"
+
+
+def test_in_group_mode_the_controller_manager_approves_clients(plane: Stand) -> None:
+    group = replace(plane.cluster, approval="group")
+    with plane.daemon(plane.artifact(1, group)):
+        eventually(lambda: "worker-1" in plane.brought(), "it has a token")
+        plane.ask("grouped", kubelets_request(plane, "worker-1", KEY), token=plane.bearer("worker-1"))
+        decision, told = plane.outcome("grouped")
+        assert (decision, "Auto approving" in told) == ("Approved", True)
+        secret = plane.secret("worker-1")
+        assert secret is not None and is_fresh(secret)
+        plane.ask("grouped-serving", kubelets_request(plane, "worker-1", KEY, True), node="worker-1", signer=SERVING)
+        assert plane.outcome("grouped-serving") == ("Approved", "serving certificate of worker-1, as baked")
+    with plane.daemon(plane.artifact(2)):  # and back: what the bindings gave is taken away again
+        plane.applied(2)
+        plane.ask("ungrouped", kubelets_request(plane, "worker-1", KEY), token=plane.bearer("worker-1"))
+        assert plane.outcome("ungrouped") == ("Approved", "client certificate of worker-1, as baked")
+
+
+def test_nodes_are_labelled_and_storage_is_taken_back(plane: Stand) -> None:
+    stored = named(plane.cluster, "worker-1", storage="fast", labels=(("rack", "a"),))
+    plane.register("worker-1")
+    role = {"node-role.kubernetes.io/worker": ""}
+    with plane.daemon(plane.artifact(1, stored)) as running:
+        given = {"plain": "x", **role, inventory.STORAGE: "fast", "rack": "a"}
+        eventually(lambda: plane.labels("worker-1") == given, "it is labelled", 60)
+        version = plane.admin.call("GET", f"{labels.NODES}/worker-1")["metadata"]["resourceVersion"]
+        plane.register("control-1", more={"node-role.kubernetes.io/mine": ""})
+        own = {"node-role.kubernetes.io/mine": "", "node-role.kubernetes.io/control-plane": "", "plain": "x"}
+        eventually(lambda: plane.labels("control-1") == own, "it is labelled")
+        again = plane.admin.call("GET", f"{labels.NODES}/worker-1")["metadata"]["resourceVersion"]
+        assert version == again, "nothing is written where nothing differs"
+        plane.register("stranger")
+        running.process.kill()
+    with plane.daemon(plane.artifact(2)):
+        eventually(lambda: inventory.STORAGE not in plane.labels("worker-1"), "storage is taken back", 60)
+        assert plane.labels("worker-1") == {"plain": "x", **role, "rack": "a"}
+        assert plane.labels("stranger") == {"plain": "x"}
+
+
+def test_it_may_do_what_it_does_and_nothing_else(plane: Stand) -> None:
+    identity = credentials.Identity(plane.authority, plane.folder / "rights.pem", "nodebake:controller")
+    own = Api(plane.server, plane.authority.certificate, identity)
+    own.call("GET", labels.NODES)
+    for method, path, body in (
+        ("GET", "/api/v1/namespaces/default/secrets", None),
+        ("GET", "/api/v1/namespaces/kube-system/configmaps", None),
+        ("GET", "/api/v1/pods", None),
+        ("DELETE", f"{labels.NODES}/x", None),
+        ("POST", objects.CONFIG_MAPS, inventory.config_map(INVENTORY, 0)),
+        ("GET", f"/apis/coordination.k8s.io/v1/namespaces/kube-system/leases/{lease.NAME}", None),
+    ):
+        with pytest.raises(Refused, match="403"):
+            own.call(method, path, body)
+
+
+def test_its_certificate_is_short_and_private(plane: Stand) -> None:
+    with plane.daemon(plane.artifact(1)) as running:
+        running.until("is ready")
+        file = plane.folder / "runtime-control-1" / "controller.pem"
+        assert file.stat().st_mode & 0o777 == 0o600
+        made = x509.load_pem_x509_certificate(file.read_bytes())
+        assert made.subject.rfc4514_string() == "CN=nodebake:controller"
+        assert made.not_valid_after_utc - datetime.now(UTC) <= timedelta(minutes=10)
+        assert plane.folder.joinpath("runtime-control-1").stat().st_mode & 0o777 == 0o700
+
+
+def test_it_says_when_it_is_ready(plane: Stand) -> None:
+    path = str(plane.folder / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(path)
+        systemd.settimeout(30)
+        with plane.daemon(plane.artifact(1), NOTIFY_SOCKET=path):
+            assert systemd.recv(1000).decode().splitlines()[0] == "READY=1"
+
+
+class Wire:
+    """A TCP proxy in front of the API server that can be cut."""
+
+    def __init__(self, host: str, port: int, to: int) -> None:
+        self._address, self._to = (host, port), (host, to)
+        self._open: list[socket.socket] = []
+        self._listening: socket.socket | None = None
+
+    def close(self) -> None:
+        """Every connection breaks off, and nobody answers any more."""
+        for each in self._open:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+        self._open = []
+
+    def open(self) -> None:
+        listening = socket.create_server(self._address, backlog=50)
+        self._open.append(listening)
+        threading.Thread(target=self._accept, args=(listening,), daemon=True).start()
+
+    def _accept(self, listening: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = listening.accept()
+                far = socket.create_connection(self._to)
+                self._open += [near, far]
+                for source, target in ((near, far), (far, near)):
+                    threading.Thread(target=self._copy, args=(source, target), daemon=True).start()
+
+    @staticmethod
+    def _copy(source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        with suppress(OSError):
+            target.shutdown(socket.SHUT_RDWR)
+
+
+def test_an_api_server_that_goes_and_comes_back(plane: Stand) -> None:
+    wire = Wire(plane.machine.localhost, 7443, 6443)
+    server = f"--server=https://{plane.machine.localhost}:7443"
+    with plane.daemon(plane.artifact(1), server) as running:
+        running.until("Connection refused; trying again")
+        wire.open()
+        plane.applied(1)
+        eventually(lambda: plane.brought() >= {"worker-1", "worker-2"}, "they have tokens")
+        wire.close()
+        plane.ask("meanwhile", kubelets_request(plane, "worker-1", KEY), token=plane.bearer("worker-1"))
+        plane.register("worker-2", ready=True)
+        time.sleep(4)
+        assert plane.request("meanwhile").get("status", {}) == {}
+        said = running.said
+        assert len(said.splitlines()) < 60, said
+        wire.open()
+        assert plane.outcome("meanwhile", 40)[0] == "Approved"
+        eventually(lambda: plane.secret("worker-2") is None, "what happened meanwhile is seen", 40)
+        assert "node-role.kubernetes.io/worker" in plane.labels("worker-2")
+    wire.close()

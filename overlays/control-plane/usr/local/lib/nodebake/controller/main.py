@@ -131,8 +131,11 @@ class Controller:
         return Api(self._place.server, self._place.authority.certificate, self._own)
 
     def _inventory(self) -> Inventory | None:
-        """The cluster's. One that cannot be read changes nothing until it is replaced."""
-        return self._last
+        """The cluster's, but not one that this machine's artifact is about to replace. One that cannot be read changes
+        nothing until it is replaced."""
+        own = self.applier.artifact()
+        newer = own is not None and self._last is not None and own.inventory.generation > self._last.generation
+        return None if newer else self._last
 
     def _published_changed(self, name: str, before: Published | None, after: Published | None) -> None:
         if after is not None and after.inventory is None:

@@ -1,10 +1,10 @@
 """Applies the cluster's objects, whoever's artifact is newest, until the API server has taken every one.
 
-A round: take the lease, look once more whether the cluster has not got something as new already, write the inventory,
-apply, and last of all write that this generation was applied. The inventory goes first, because objects of the operator
-may not be taken before machines have joined (a webhook that answers for them runs as a pod), and joining needs it. A
-control plane that is killed anywhere in between, or another one, finds `applied` behind and does the round again. Whose
-artifact is older than what the cluster holds applies nothing.
+A round: write the inventory, take the lease, look once more whether nobody else was quicker, apply, and last of all
+write that this generation was applied. The inventory goes first and waits for nobody: a machine that is denied shall be
+so at once, and objects of the operator may not be taken before machines have joined (a webhook that answers for them
+runs as a pod). A control plane that is killed anywhere in between, or another one, finds `applied` behind and does the
+round again. Whose artifact is older than what the cluster holds applies nothing.
 
 A new API server takes its first bindings from system:masters alone. So a certificate of that group is minted for a
 round, and removed with it. Where the daemon's own rights were taken away, that counts as objects to apply.
@@ -144,6 +144,8 @@ class Applier:
 
     def _lead(self, api: Api, artifact: Artifact) -> None:
         """With the rights to do everything."""
+        own = artifact.inventory.generation
+        _publish(api, artifact)
         lease = Lease(api, self._place.node)
         until = time.monotonic() + _WAITING
         while not lease.take():
@@ -153,20 +155,14 @@ class Applier:
             if not self._due(artifact):
                 return
         try:
-            own = artifact.inventory.generation
             if not self._due(artifact):
                 return
-            found = _get(api)
-            if found is not None and found.generation > own:
-                raise Expected(f"generation {found.generation} took our rights; that artifact has to mend it")
-            if found is None or found.generation < own:
-                found = _put(api, artifact, found.applied if found is not None else 0, found)
             self._kubectl(artifact.objects, lease)
             lease.renew()
             found = _get(api)
             if found is None or found.generation != own:
                 return  # a newer one came: it is applied by whose artifact it is
-            _put(api, artifact, own, found)
+            api.call("PUT", f"{CONFIG_MAPS}/{NAME}", config_map(artifact.inventory, own, found.version))
         finally:
             lease.release()
 
@@ -223,8 +219,19 @@ def _get(api: Api) -> Published | None:
         raise
 
 
-def _put(api: Api, artifact: Artifact, applied: int, before: Published | None) -> Published:
-    if before is None:
-        return published(api.call("POST", CONFIG_MAPS, config_map(artifact.inventory, applied)))
-    made = config_map(artifact.inventory, applied, before.version)
-    return published(api.call("PUT", f"{CONFIG_MAPS}/{NAME}", made))
+def _publish(api: Api, artifact: Artifact) -> None:
+    """Writes the artifact's inventory, unless the cluster's is as new."""
+    own = artifact.inventory
+    while True:
+        found = _get(api)
+        try:
+            if found is None:
+                api.call("POST", CONFIG_MAPS, config_map(own, 0))
+            elif own.generation > found.generation:
+                api.call("PUT", f"{CONFIG_MAPS}/{NAME}", config_map(own, found.applied, found.version))
+            elif own.generation < found.generation:
+                raise Expected(f"generation {found.generation} took our rights; that artifact has to mend it")
+            return
+        except Refused as refused:
+            if refused.code != 409:  # another control plane was quicker
+                raise
