@@ -98,10 +98,8 @@ class Machine:
     @property
     def first(self) -> int:
         """The PID, on the host, of the machine's first process."""
-        if self._first is None:
+        if self._first is None or not _is_first(self._first):  # it may have been rebooted by its own means
             self._first = wait(self._find_first, 20, f"{self.name} starts systemd") or 0
-        if not self.is_on:
-            raise LabError("It is off", where=self.name, remedy="power_on() it.")
         return self._first
 
     def _find_first(self) -> int | None:

@@ -55,6 +55,9 @@ class Switch:
 
     def unplug(self, node: Node) -> None:
         """The cards are gone, with everything that the machine's kernel knew: addresses, routes, rules."""
+        for port in self._ports(node):
+            # By name: the kernel takes its time with those of a namespace that is gone.
+            self._namespaces.run(["ip", "link", "delete", port], check=False)
         namespace = f"m{self._numbers[node.name]}"
         if self._namespaces.path(f"/run/netns/{namespace}").exists():
             self._batch(f"netns del {namespace}")

@@ -177,11 +177,22 @@ def test_the_power_button_ends_what_runs_in_order(lab: Lab) -> None:
     one.wait_booted()
 
 
+def hears(listener: Machine, speaker: Machine) -> bool:
+    """One way. Their addresses are known to each other."""
+    listen = "import socket; s = socket.socket(type=socket.SOCK_DGRAM); s.bind(('', 4000)); s.settimeout(3)"
+    process = listener.start("python3", "-c", f"{listen}; print('listening', flush=True); print(s.recv(9))")
+    assert process.stdout is not None and process.stdout.readline() == "listening\n"
+    speak = f"s.sendto(b'hello', ('{listener.node.address}', 4000))"
+    speaker.run("python3", "-c", f"import socket; s = socket.socket(type=socket.SOCK_DGRAM); {speak}")
+    return "hello" in process.communicate()[0]
+
+
 def test_a_cut_machine_is_alone_until_healed(lab: Lab) -> None:
     one, other = lab.machine("control-1"), lab.machine("worker-1")
+    assert reaches(one, other.node) and hears(one, other) and hears(other, one)
     one.cut()
-    assert not reaches(other, one.node)
-    assert not reaches(one, other.node)
+    assert not hears(one, other)
+    assert not hears(other, one)
     assert one.run("cat /sys/class/net/nic0/carrier").stdout == "1\n"
     one.crash()
     one.power_on()
