@@ -291,29 +291,40 @@ def _storage(cluster: Cluster) -> list[Object]:
 
 
 def corefile(cluster: Cluster) -> str:
-    """CoreDNS' configuration. It listens on 1053 inside of its pod, which needs no capability."""
+    """CoreDNS' configuration. It listens on 1053 inside of its pod, which needs no capability.
+
+    The order of plugins is CoreDNS' own, whatever the order here: template would come before kubernetes, so what is
+    beyond the cluster has a block of its own.
+    """
+    own = [cluster.dns_domain, "in-addr.arpa", "ip6.arpa"]
+    upstream: list[str] = []
+    # Other names do not exist: an answer at once, where REFUSED would make resolvers wait and ask again.
+    beyond = ["template ANY ANY . {", "    rcode NXDOMAIN", "}"]
     if cluster.dns_upstream:
-        beyond = [f"forward . {' '.join(cluster.dns_upstream)} {{", "    max_concurrent 1000", "}", "cache 30", "loop"]
-    else:
-        # Other names do not exist: an answer at once, where REFUSED would make resolvers wait and ask again.
-        beyond = ["cache 30", "template ANY ANY . {", "    rcode NXDOMAIN", "}"]
-    inner = [
+        upstream = [f"forward . {' '.join(cluster.dns_upstream)} {{", "    max_concurrent 1000", "}"]
+        beyond = [*upstream, "cache 30", "loop"]
+    inside = [
         "errors",
         "health :8080 {",
         "    lameduck 5s",
         "}",
         "ready :8181",
-        f"kubernetes {cluster.dns_domain} in-addr.arpa ip6.arpa {{",
+        f"kubernetes {' '.join(own)} {{",
         "    pods insecure",
-        "    fallthrough in-addr.arpa ip6.arpa",
+        # What the cluster does not know of addresses, the upstream may.
+        *(["    fallthrough in-addr.arpa ip6.arpa"] if upstream else []),
         "    ttl 30",
         "}",
+        *upstream,
         "prometheus :9153",
-        *beyond,
+        "cache 30",
         "reload",
         "loadbalance",
     ]
-    return "\n".join([".:1053 {", *(f"    {line}" for line in inner), "}"]) + "\n"
+    blocks = [(" ".join(f"{zone}:1053" for zone in own), inside), (".:1053", ["errors", *beyond, "loadbalance"])]
+    return (
+        "\n".join("\n".join([f"{zones} {{", *(f"    {line}" for line in lines), "}"]) for zones, lines in blocks) + "\n"
+    )
 
 
 def _coredns(cluster: Cluster, image: str) -> list[Object]:

@@ -245,7 +245,7 @@ def test_coredns_takes_its_configuration(upstream: tuple[str, ...], binaries: Pa
     text = objects.corefile(samples.ha(dns_upstream=upstream))
     for port in ("8080", "8181", "9153"):
         text = text.replace(f":{port}", f"{address}:{port}")
-    text = text.replace("    errors\n", f"    errors\n    bind {address}\n", 1)
+    text = text.replace("    errors\n", f"    errors\n    bind {address}\n")
     text = text.replace("    pods insecure\n", "    endpoint http://127.0.0.1:1\n    pods insecure\n").replace(
         "    loop\n", ""
     )
@@ -255,18 +255,21 @@ def test_coredns_takes_its_configuration(upstream: tuple[str, ...], binaries: Pa
     with log.open("wb") as out:
         process = subprocess.Popen([binaries / "coredns", "-conf", corefile], stdout=out, stderr=subprocess.STDOUT)
     try:
-        answer = _ask(address, process)
+        answer = _ask(address, process, "example.com")
         assert answer is not None, log.read_text()
         if not upstream:
             assert answer == 3, f"NXDOMAIN, not {answer}"
+        # Whatever answers for the world must not answer for the cluster: without an API server that is SERVFAIL.
+        assert _ask(address, process, "kubernetes.default.svc.cluster.local") == 2
     finally:
         process.kill()
         process.wait()
 
 
-def _ask(address: str, process: subprocess.Popen[bytes]) -> int | None:
-    """The answer's code for an A record of example.com, or None."""
-    question = bytes.fromhex("000101000001000000000000") + b"\x07example\x03com\x00\x00\x01\x00\x01"
+def _ask(address: str, process: subprocess.Popen[bytes], name: str) -> int | None:
+    """The answer's code for an A record, or None."""
+    labels = b"".join(bytes([len(label)]) + label.encode() for label in name.split("."))
+    question = bytes.fromhex("000101000001000000000000") + labels + b"\x00\x00\x01\x00\x01"
     deadline = time.monotonic() + 20
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
         client.settimeout(1)
