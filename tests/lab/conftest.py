@@ -7,7 +7,7 @@ from collections.abc import Generator
 
 import pytest
 
-from tests.lab import host, lab
+from tests.lab import checks, host, lab
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -27,3 +27,10 @@ def pytest_runtest_makereport(
         for one in lab.alive:
             report.sections.append(("lab", f"What the machines logged is kept in {one.keep_logs(item.nodeid)}"))
     return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if checks.told:
+        terminalreporter.section("the lab's figures")
+        for line in checks.told:
+            terminalreporter.write_line(line)

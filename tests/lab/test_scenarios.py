@@ -1,0 +1,441 @@
+"""Whole clusters, from power-on. Each test tells its times; `pytest tests/lab -m ""` runs the whole matrix."""
+
+from __future__ import annotations
+
+import base64
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import yaml
+
+from recipes.kit import inventory
+from tests.conftest import Project, copy_project
+from tests.lab import checks, workload
+from tests.lab.checks import Clock, everything_works, get, items, ready_nodes, wait_installed, wait_ready
+from tests.lab.lab import Lab
+from tests.lab.machine import Machine, wait
+
+CLUSTERS = Path(__file__).parent / "clusters"
+BOOT = 300  # seconds until a cluster of this host is Ready at the latest; what it took is told
+Baker = Callable[[str], Project]
+
+
+@pytest.fixture(scope="session")
+def bake(tmp_path_factory: pytest.TempPathFactory) -> Baker:
+    """Name of a cluster file in tests/lab/clusters -> the project in which it is baked."""
+    project = copy_project(tmp_path_factory.mktemp("clusters"))
+    workload.archive(project.clusters / "busybox.tar")
+
+    def baked(name: str) -> Project:
+        file = project.clusters / f"{name}.yaml"
+        if not (project.root / "build" / name / "seeds").exists():
+            shutil.copy(CLUSTERS / f"{name}.yaml", file)
+            project.remember(name)
+            project.doit(f"cluster=recipes/clusters/{name}.yaml")
+        return project
+
+    return baked
+
+
+@contextmanager
+def switched_on(bake: Baker, name: str) -> Iterator[Lab]:
+    """A lab of this cluster, all machines with their seeds, none on."""
+    project = bake(name)
+    cluster = inventory.load(project.clusters / f"{name}.yaml", now=datetime.now(UTC))
+    with Lab(project.root / "build" / name, cluster) as lab:
+        for node in cluster.nodes:
+            lab.machine(node.name)
+        yield lab
+
+
+def tell(clock: Clock) -> None:
+    say("seconds since power-on: " + ", ".join(f"{what} {seconds}" for what, seconds in clock.reached.items()))
+
+
+def say(figure: str) -> None:
+    """For the end of the report, beside the test's name."""
+    name = os.environ["PYTEST_CURRENT_TEST"].rpartition("::")[2].partition(" ")[0]
+    checks.told.append(f"{name}: {figure}")
+
+
+def power_on(lab: Lab, *names: str) -> Clock:
+    clock = Clock()
+    for name in names or tuple(lab.machines):
+        lab.machine(name).power_on()
+    return clock
+
+
+def settled(lab: Lab, clock: Clock, names: set[str] | None = None) -> None:
+    """Ready, everything works, first boot is over, nobody asked outside."""
+    wait_ready(lab, BOOT, names, clock)
+    everything_works(lab, clock)
+    wait_installed(lab, 120, names and {*names})
+    clock.mark("first boot over")
+    tell(clock)
+    checks.nothing_was_asked_outside(lab)
+
+
+# ---- three control planes and three workers, one lab for what leaves it as it was
+
+
+@pytest.fixture(scope="module")
+def ha(bake: Baker) -> Iterator[Lab]:
+    """All six at once, from power-on to a working cluster (scenario a)."""
+    with switched_on(bake, "ha") as lab:
+        settled(lab, power_on(lab))
+        yield lab
+
+
+def test_six_machines_at_once_become_a_cluster(ha: Lab) -> None:
+    assert ready_nodes(ha) == set(ha.machines)
+    planes = {node.name for node in ha.cluster.control_planes}
+    for node in items(ha, "nodes"):
+        labels = node["metadata"]["labels"]
+        role = "control-plane" if node["metadata"]["name"] in planes else "worker"
+        assert labels[f"node-role.kubernetes.io/{role}"] == ""
+    assert items(ha, "secrets", "-n", "kube-system", "--field-selector=type=bootstrap.kubernetes.io/token") == []
+    requests = items(ha, "csr")
+    assert {checks.condition({"status": each["status"]}, "Approved") for each in requests} == {True}
+    for name in ha.machines:
+        assert ha.machine(name).run("systemctl", "--failed", "--no-legend", "--plain").stdout == ""
+
+
+def snapshot(machine: Machine) -> str:
+    return machine.run(
+        "find /etc /usr /opt /var/lib/nodebake -xdev ! -type d -printf '%p %s %T@ %i\\n' | sort", timeout=120
+    ).stdout
+
+
+@pytest.mark.parametrize("name", ["control-1", "worker-1"])
+def test_a_second_first_boot_changes_nothing(ha: Lab, name: str) -> None:
+    machine = ha.machine(name)
+    before = snapshot(machine)
+    for command in ("sh /var/lib/nodebake/first-boot install", "systemctl restart nodebake-first-boot.service"):
+        machine.run(command)
+        assert snapshot(machine) == before
+    assert machine.run("test -e /etc/cloud/cloud-init.disabled").returncode == 0
+
+
+def test_kubectl_reaches_kubelets_with_verification(ha: Lab) -> None:
+    for node in items(ha, "nodes"):
+        name = node["metadata"]["name"]
+        assert '"cpu"' in ha.kubectl("get", "--raw", f"/api/v1/nodes/{name}/proxy/stats/summary").stdout
+
+
+@dataclass
+class Load:
+    """Writes through one worker's balancer: what was acknowledged, and what failed when."""
+
+    acknowledged: set[int]
+    failed: list[tuple[float, str]]
+
+
+@contextmanager
+def writing(lab: Lab, name: str) -> Iterator[Load]:
+    machine, load = lab.machine(name), Load(set(), [])
+    config = yaml.safe_load((lab.build / "admin.conf").read_text())
+    user, cluster = config["users"][0]["user"], config["clusters"][0]["cluster"]
+    machine.run("mkdir -p -m 700 /run/writer")
+    for file, value in (
+        ("ca", cluster["certificate-authority-data"]),
+        ("crt", user["client-certificate-data"]),
+        ("key", user["client-key-data"]),
+    ):
+        machine.run(f"umask 077; cat >/run/writer/{file}", stdin=base64.b64decode(value).decode())
+    program = (Path(__file__).parent / "writer.py").read_text()
+    paths = [f"/run/writer/{file}" for file in ("ca", "crt", "key")]
+    process = machine.start("python3", "-c", program, "https://127.0.0.1:6443", *paths)
+    try:
+        yield load
+    finally:
+        machine.run("pkill -f run/writer/key", check=False)
+        machine.run("rm -rf /run/writer")
+        told, _ = process.communicate(timeout=30)
+    for line in told.splitlines():
+        moment, number, outcome = line.split(" ", 2)
+        if outcome == "ok":
+            load.acknowledged.add(int(number))
+        else:
+            load.failed.append((float(moment), outcome))
+
+
+def holder(lab: Lab, lease: str) -> str:
+    return str(get(lab, "lease", lease, "-n", "kube-system")["spec"]["holderIdentity"]).split("_")[0]
+
+
+def wait_moved(lab: Lab, lease: str, leader: str) -> None:
+    wait(lambda: holder(lab, lease) not in ("", leader), 60, f"the lease {lease} moves")
+
+
+def test_a_killed_control_plane_loses_no_acknowledged_write(ha: Lab) -> None:
+    """The one whose controller-manager leads, under a constant load through a worker's balancer."""
+    leader = holder(ha, "kube-controller-manager")
+    leases = [name for name in ("kube-controller-manager", "kube-scheduler") if holder(ha, name) == leader]
+    with writing(ha, "worker-2") as load:
+        time.sleep(5)
+        ha.machine(leader).crash()
+        killed = time.monotonic()
+        for lease in leases:
+            wait_moved(ha, lease, leader)
+            say(f"{lease} moved from {leader} after {time.monotonic() - killed:.1f} s")
+            assert time.monotonic() - killed < 26, "24 s, and the time that asking takes"
+        time.sleep(max(0.0, 20 - (time.monotonic() - killed)))
+    say(f"{len(load.acknowledged)} writes acknowledged, {len(load.failed)} failed: {load.failed}")
+    kept = {int(each["metadata"]["name"].removeprefix("write-")) for each in items(ha, "cm", "-l", "app=writer")}
+    assert load.acknowledged <= kept, "an acknowledged write is gone"
+    assert len(load.acknowledged) > 100
+    assert len(load.failed) <= 20, load.failed
+    ha.kubectl("delete", "cm", "-l", "app=writer", "--wait=false")
+    clock = power_on(ha, leader)
+    wait_ready(ha, BOOT, {leader}, clock)
+    tell(clock)
+
+
+# ---- the other ways to come up
+
+
+def test_a_single_machine(bake: Baker) -> None:
+    with switched_on(bake, "single") as lab:
+        settled(lab, power_on(lab))
+
+
+@pytest.mark.matrix
+def test_workers_first_and_the_last_control_plane_much_later(bake: Baker) -> None:
+    with switched_on(bake, "ha") as lab:
+        clock = power_on(lab, "worker-1", "worker-2", "worker-3")
+        time.sleep(60)
+        for name in ("worker-1", "worker-2", "worker-3"):
+            assert "health waiting" in lab.machine(name).run("cat /var/lib/nodebake/journal").stdout
+        power_on(lab, "control-1", "control-2")
+        most = set(lab.machines) - {"control-3"}
+        wait_ready(lab, BOOT, most, clock)
+        time.sleep(60)
+        power_on(lab, "control-3")
+        settled(lab, clock)
+
+
+@pytest.mark.matrix
+def test_one_control_plane_at_a_time_the_last_after_the_workers(bake: Baker) -> None:
+    with switched_on(bake, "ha") as lab:
+        clock = power_on(lab, "control-1")
+        time.sleep(30)
+        power_on(lab, "control-2")
+        wait_ready(lab, BOOT, {"control-1", "control-2"}, clock)
+        power_on(lab, "worker-1", "worker-2", "worker-3")
+        wait_ready(lab, BOOT, set(lab.machines) - {"control-3"}, clock)
+        power_on(lab, "control-3")
+        settled(lab, clock)
+
+
+@pytest.mark.matrix
+def test_external_etcd(bake: Baker) -> None:
+    with switched_on(bake, "external") as lab:
+        settled(lab, power_on(lab))
+
+
+@pytest.mark.matrix
+def test_two_load_balancers_hold_one_address(bake: Baker) -> None:
+    with switched_on(bake, "balanced") as lab:
+        settled(lab, power_on(lab))
+        owners = [name for name in ("balancer-1", "balancer-2") if holds(lab, name)]
+        assert len(owners) == 1, owners
+        other = {"balancer-1": "balancer-2", "balancer-2": "balancer-1"}[owners[0]]
+        lab.machine(owners[0]).crash()
+        died = time.monotonic()
+        wait(lambda: holds(lab, other), 30, f"the address moves to {other}")
+        say(f"the address moved after {time.monotonic() - died:.1f} s")
+        wait(lambda: lab.machine("worker-1").run(ASK_VIP, check=False).stdout == "ok", 30, "the API answers there")
+        time.sleep(60)
+        assert ready_nodes(lab) == {node.name for node in lab.cluster.kubelets}
+
+
+ASK_VIP = (
+    "python3 -c 'import ssl,urllib.request as u;"
+    'c=ssl.create_default_context(cafile="/etc/kubernetes/pki/kubernetes-ca.crt");'
+    'say(u.urlopen("https://192.168.10.9:6443/readyz",context=c,timeout=3).read().decode(),end="")\''
+)
+
+
+def holds(lab: Lab, name: str) -> bool:
+    return "192.168.10.9/" in lab.machine(name).run("ip -o -4 address").stdout
+
+
+@pytest.mark.matrix
+def test_thin_media_take_the_payload_from_a_second_volume(bake: Baker) -> None:
+    with switched_on(bake, "thin") as lab:
+        for machine in lab.machines.values():
+            machine.insert(lab.payload_volume)
+        clock = power_on(lab)
+        wait_ready(lab, BOOT, None, clock)
+        tell(clock)
+
+
+@pytest.mark.matrix
+def test_thin_media_take_the_payload_from_an_http_server(bake: Baker) -> None:
+    with switched_on(bake, "thin") as lab:
+        assert lab.serve(lab.build / "payloads").rstrip("/") == lab.cluster.payload_server
+        clock = power_on(lab)
+        wait_ready(lab, BOOT, None, clock)
+        tell(clock)
+
+
+@pytest.mark.matrix
+def test_a_tarball_by_hand_without_cloud_init(bake: Baker) -> None:
+    with switched_on(bake, "single") as lab:
+        machine = lab.machine("only")
+        machine.eject("cidata")
+        clock = power_on(lab)
+        machine.wait(lambda: machine.run("systemctl is-system-running", check=False).stdout != "", 60, "it boots")
+        card = machine.run("ls /sys/class/net | grep -vx lo").stdout.strip()
+        machine.run(f"ip link set {card} up && ip address add 192.168.10.11/24 dev {card}")
+        machine.run(f"ip route add {lab.cluster.service_subnet} dev {card}")
+        machine.run("mkdir -p /root/medium")
+        shutil.copyfile(
+            lab.build / "nodes" / "only.tar.gz", Path(f"/proc/{machine.first}/root/root/medium/node.tar.gz")
+        )
+        machine.run("cd /root/medium && tar -xzf node.tar.gz --strip-components=2 opt/nodebake/first-boot")
+        told = machine.run("sh /root/medium/first-boot install --medium /root/medium", timeout=BOOT).stdout
+        assert "is up and healthy" in told and "removed /root/medium/node.tar.gz" in told
+        wait_ready(lab, BOOT, None, clock)
+        tell(clock)
+
+
+STEPS = ("medium", "verify", "machine", "place", "packages", "users", "units", "health")
+
+
+def cut_at(machine: Machine, step: str) -> None:
+    machine.power_on()
+    seen = lambda: f" {step} begun" in machine.run("cat /var/lib/nodebake/journal", check=False).stdout  # noqa: E731
+    machine.wait(seen, BOOT, f"first boot comes to {step}")
+    machine.crash()
+
+
+@pytest.mark.matrix
+def test_power_is_cut_at_each_step_of_first_boot(bake: Baker) -> None:
+    """On one machine of each role, cut again at each step that it comes to; the others are switched on at last."""
+    with switched_on(bake, "ha") as lab:
+        power_on(lab, "control-2", "control-3")
+        for name in ("control-1", "worker-1"):
+            for step in STEPS:
+                cut_at(lab.machine(name), step)
+        clock = power_on(lab, "control-1", "worker-1", "worker-2", "worker-3")
+        settled(lab, clock)
+
+
+@pytest.mark.matrix
+def test_without_a_majority_pods_keep_on_and_it_comes_back_by_itself(ha: Lab) -> None:
+    address = get(ha, "service", "web")["spec"]["clusterIP"]
+    ha.machine("control-1").crash()
+    ha.machine("control-2").crash()
+    time.sleep(15)
+    assert ha.kubectl("get", "nodes", "--request-timeout=5s", check=False).returncode != 0
+    answers = checks.each_second(lambda: checks.fetch_from_machine(ha, "worker-1", f"http://{address}/") != "", 20)
+    assert all(answers), answers
+    clock = power_on(ha, "control-1", "control-2")
+    wait_ready(ha, BOOT, None, clock)
+    tell(clock)
+
+
+@pytest.mark.matrix
+def test_the_leader_of_etcd_is_killed_and_a_member_is_cut_off(ha: Lab) -> None:
+    leader = etcd_leader(ha)
+    with writing(ha, "worker-1") as load:
+        time.sleep(3)
+        ha.machine(leader).crash()
+        time.sleep(20)
+        power_on(ha, leader)
+        wait_ready(ha, BOOT, {leader})
+    kept = {int(each["metadata"]["name"].removeprefix("write-")) for each in items(ha, "cm", "-l", "app=writer")}
+    assert load.acknowledged <= kept and len(load.acknowledged) > 100
+    ha.kubectl("delete", "cm", "-l", "app=writer", "--wait=false")
+    cut = etcd_leader(ha)
+    with writing(ha, "worker-1") as load:
+        ha.machine(cut).cut()
+        time.sleep(30)
+        ha.machine(cut).heal()
+        wait(lambda: ready_nodes(ha) == set(ha.machines), BOOT, "all are Ready again")
+    kept = {int(each["metadata"]["name"].removeprefix("write-")) for each in items(ha, "cm", "-l", "app=writer")}
+    assert load.acknowledged <= kept
+    say(f"cut off {cut}: {len(load.acknowledged)} writes acknowledged, {len(load.failed)} failed")
+    ha.kubectl("delete", "cm", "-l", "app=writer", "--wait=false")
+
+
+def etcd_leader(lab: Lab) -> str:
+    def found() -> str:
+        for node in lab.cluster.etcd_members:
+            machine = lab.machine(node.name)
+            if machine.is_on:
+                metrics = machine.run(
+                    "python3 -c 'import urllib.request as u; say(u.urlopen(\"http://127.0.0.1:2381/metrics\").read().decode())'"
+                ).stdout
+                if "\netcd_server_is_leader 1" in metrics:
+                    return node.name
+        return ""
+
+    return wait(found, 60, "etcd has a leader")
+
+
+@pytest.mark.matrix
+def test_a_killed_workers_pods_move_and_it_comes_back(ha: Lab) -> None:
+    replicas = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": "moving"},
+        "spec": {
+            "replicas": 3,
+            "selector": {"matchLabels": {"app": "moving"}},
+            "template": {
+                "metadata": {"labels": {"app": "moving"}},
+                "spec": workload.pod(
+                    "exec busybox sleep 100000",
+                    tolerations=[
+                        {
+                            "key": f"node.kubernetes.io/{state}",
+                            "operator": "Exists",
+                            "effect": "NoExecute",
+                            "tolerationSeconds": 5,
+                        }
+                        for state in ("not-ready", "unreachable")
+                    ],
+                ),
+            },
+        },
+    }
+    checks.apply(ha, replicas)
+    pods = checks.wait_pods(ha, "app=moving", 3)
+    victim = pods[0]["spec"]["nodeName"]
+    ha.machine(victim).crash()
+    died = time.monotonic()
+
+    def moved() -> bool:
+        alive = [pod for pod in items(ha, "pods", "-l", "app=moving") if pod["spec"].get("nodeName") != victim]
+        return len([pod for pod in alive if checks.condition(pod, "Ready")]) >= 3
+
+    wait(moved, 180, "the pods run elsewhere")
+    say(f"pods of {victim} run elsewhere after {time.monotonic() - died:.1f} s")
+    clock = power_on(ha, victim)
+    wait(lambda: victim in ready_nodes(ha), BOOT, f"{victim} is Ready")
+    clock.mark("Ready again")
+    tell(clock)
+    ha.kubectl("delete", "deployment", "moving")
+
+
+@pytest.mark.matrix
+def test_all_machines_off_at_once_and_on_again(ha: Lab) -> None:
+    for machine in ha.machines.values():
+        machine.crash()
+    clock = power_on(ha)
+    wait_ready(ha, BOOT, None, clock)
+    names = checks.runs_pods(ha)
+    checks.wait_pods(ha, "app=web", len(names), 180)
+    address = get(ha, "service", "web")["spec"]["clusterIP"]
+    wait(lambda: checks.fetch_from_machine(ha, "worker-1", f"http://{address}/") in names, 120, "the Service answers")
+    clock.mark("Service answers")
+    tell(clock)
