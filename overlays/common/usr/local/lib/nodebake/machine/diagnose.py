@@ -1,8 +1,8 @@
 """One archive with what support needs to know of this machine.
 
 What goes in is listed, file by file and question by question, and everything passes the scrubber. Left out are private
-keys, tokens, kubeconfigs with credentials, the encryption key, the cluster's objects (which may be Secrets), registries'
-credentials, and the logs of workloads other than the cluster's own.
+keys, tokens, kubeconfigs with credentials, the encryption key, the cluster's objects (which may be Secrets), the
+credentials of registries, and the logs of workloads other than the cluster's own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from machine import certificates, report, status, units
 from machine.scrub import Scrubber
 from machine.system import System, run
 
-_BIN = "/opt/nodebake/current/bin"
+_BIN = "opt/nodebake/current/bin"
 _LINES = "3000"  # of a journal
 _TAIL = 256 << 10  # bytes of a log file
 _MOST = 4 << 20  # bytes of anything
@@ -109,10 +109,10 @@ SYSTEM_VERSIONS = (["haproxy", "-v"], ["keepalived", "--version"], ["openssl", "
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """missing: how much of it could not be had; the archive tells what."""
+    """missing: what could not be had, and why; the archive tells it too."""
 
     path: Path
-    missing: int
+    missing: list[str]
 
 
 def write(system: System, target: Path | None) -> Diagnosis:
@@ -137,7 +137,7 @@ def write(system: System, target: Path | None) -> Diagnosis:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    return Diagnosis(target, len(archive.missing))
+    return Diagnosis(target, archive.missing)
 
 
 class _Archive:
@@ -252,10 +252,11 @@ def _commands(system: System, archive: _Archive) -> None:
     if not system.live:
         archive.lacks(f"{', '.join(COMMANDS)}: these tell of a running machine, and that in {system.root} does not run")
         return
-    for name, command in COMMANDS.items():
-        if command[0].startswith(_BIN) and system.exists(command[0]) is False:
-            continue  # not of this role
-        archive.answer(name, command)
+    for name, (program, *words) in COMMANDS.items():
+        if not program.startswith(_BIN):
+            archive.answer(name, [program, *words])
+        elif system.exists(program):  # of this role
+            archive.answer(name, [str(system.path(program)), *words])
 
 
 def _versions(system: System, archive: _Archive) -> None:
@@ -271,5 +272,5 @@ def _version_commands(system: System) -> Iterator[list[str]]:
     if system.live:
         for name, words in VERSIONS.items():
             if system.exists(f"{_BIN}/{name}"):
-                yield [f"{_BIN}/{name}", *words]
+                yield [str(system.path(f"{_BIN}/{name}")), *words]
         yield from SYSTEM_VERSIONS

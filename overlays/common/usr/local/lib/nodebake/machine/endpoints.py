@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from machine.system import System
 
 _ADDRESS = "127.0.0.1"
-_CA = "/etc/kubernetes/pki/kubernetes-ca.crt"
+_CA = "etc/kubernetes/pki/kubernetes-ca.crt"  # where there is an API server, or a way to one
 _SECONDS = 3.0
 
 

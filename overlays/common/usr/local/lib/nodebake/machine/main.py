@@ -77,11 +77,10 @@ def _diagnose(system: System, output: Path | None) -> int:
         made = diagnose.write(system, output)
     except OSError as error:
         return _fail(f"the archive cannot be written: {error.strerror}: {error.filename}", UNHEALTHY)
-    print(made.path)
+    print(made.path, flush=True)
     if made.missing:
-        print(f"{made.missing} things could not be had: about.txt in the archive tells which", file=sys.stderr)
-    if os.geteuid() != 0:
-        print("root sees more", file=sys.stderr)
+        more = "" if os.geteuid() == 0 else "; root sees more"
+        print(f"not all could be had: about.txt in the archive tells what is missing{more}", file=sys.stderr)
     return HEALTHY
 
 

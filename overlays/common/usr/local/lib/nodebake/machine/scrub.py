@@ -17,7 +17,7 @@ _BOOTSTRAP_TOKEN = re.compile(r"(?<![a-z0-9])[a-z0-9]{6}\.[a-z0-9]{16}(?![a-z0-9
 _JWT = re.compile(r"\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*")
 _HEADER = re.compile(r"((?:proxy-)?authorization[\"']?[ \t]*[:=][ \t]*)(\S[^\r\n]*)", re.IGNORECASE)
 _BEARER = re.compile(r"\b(bearer[ \t]+)([\w.~+/=-]+)", re.IGNORECASE)
-_URL = re.compile(r"(\b[a-z][a-z0-9+.-]*://)([^\s/@:]*:[^\s/@]+)(?=@)", re.IGNORECASE)
+_URL = re.compile(r"(\b[a-z][a-z0-9+.-]{0,20}://)([^\s/@:]*:[^\s/@]+)(?=@)", re.IGNORECASE)
 # The name of a value ends so: token, bootstrap-token, "token-secret", AUTH_PASS, PrivateKey.
 _NAMED = re.compile(
     r"""((?:client-key-data|token|token-secret|secret|passw(?:or)?d|passphrase|auth[_-]?pass|identitytoken

@@ -18,6 +18,7 @@ from machine.units import Unit
 
 _MANIFEST = "/opt/nodebake/manifest/node.json"
 _ENVIRONMENT = "/etc/nodebake/node.env"
+_INVENTORY = "etc/nodebake/inventory.json"  # on control planes only
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def identity(system: System) -> Machine:
     # Not every manifest tells the generation; on a control plane the inventory does.
     generation = told.get("generation")
     if generation is None and told["role"] == "control-plane":
-        generation = _object(system.text("/etc/nodebake/inventory.json")).get("generation")
+        generation = _object(system.text(_INVENTORY)).get("generation")
     return Machine(
         node=str(told["node"]),
         role=str(told["role"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -37,7 +38,7 @@ class System:
         """name: absolute, as on the machine."""
         return self.root / name.lstrip("/")
 
-    def cannot_see(self, what: str, why: str) -> None:
+    def cannot_see(self, what: str, why: str = "only root may look") -> None:
         line = f"{what}: {why}"
         if line not in self.unseen:
             self.unseen.append(line)
@@ -47,16 +48,16 @@ class System:
         try:
             self.path(name).stat()
         except PermissionError:
-            self.cannot_see(name, "only root may look")
+            self.cannot_see(name)
             return None
-        except (OSError, ValueError):
+        except OSError:
             return False
         return True
 
     def read(self, name: str, limit: int = 4 << 20, *, tail: bool = False) -> bytes | None:
         """At most limit bytes of a regular file, the last ones with tail; None if there is none, or it is not to be
         seen."""
-        path = self.path(name)
+        path, name = self.path(name), f"/{name.lstrip('/')}"
         try:
             if not path.resolve().is_relative_to(self.root.resolve()):
                 self.cannot_see(name, f"the link leads out of {self.root}")
@@ -71,7 +72,7 @@ class System:
         except FileNotFoundError:
             return None
         except PermissionError:
-            self.cannot_see(name, "only root may look")
+            self.cannot_see(name)
         except (OSError, RuntimeError) as error:  # RuntimeError: links that go round in a circle
             self.cannot_see(name, getattr(error, "strerror", None) or str(error))
         return None
@@ -82,16 +83,16 @@ class System:
 
     def glob(self, pattern: str) -> list[str]:
         """The files that match, as names on the machine, sorted. A folder that is not to be seen is told."""
-        folder = self.path(pattern.split("*")[0].rpartition("/")[0])
+        folder = re.split(r"[*?]", pattern.strip("/"), maxsplit=1)[0].rpartition("/")[0]
         try:
-            if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
-                self.cannot_see(f"/{folder.relative_to(self.root)}", "only root may look")
-            found = sorted(str(path.relative_to(self.root)) for path in self.root.glob(pattern.lstrip("/")))
+            self.path(folder).stat()
+            if not os.access(self.path(folder), os.R_OK | os.X_OK):
+                raise PermissionError
+            found = sorted(str(path.relative_to(self.root)) for path in self.root.glob(pattern.strip("/")))
         except PermissionError:
-            self.cannot_see(pattern, "only root may look")
+            self.cannot_see(f"/{folder}")
             return []
-        except OSError as error:
-            self.cannot_see(pattern, error.strerror or str(error))
+        except (OSError, RuntimeError):
             return []
         return [f"/{name}" for name in found]
 
