@@ -138,7 +138,8 @@ def verdict(
 def test_what_kubelets_ask_for_is_approved() -> None:
     first = verdict(BY_TOKEN)
     assert (first.decision, first.why) == ("approve", "client certificate of worker-1, as baked")
-    assert first.pin is not None and first.pin.token_id == "token3" and re.fullmatch("[0-9a-f]{64}", first.pin.key)
+    assert first.pin is not None and re.fullmatch("[0-9a-f]{64}", first.pin.key)
+    assert (first.pin.token_id, first.pin.node) == ("token3", "worker-1")
     renewed = verdict(RENEWAL)
     assert (renewed.decision, renewed.pin) == ("approve", None)
     assert verdict(SERVING_REQUEST) == judge.Verdict("approve", "serving certificate of worker-1, as baked")
@@ -604,6 +605,15 @@ class Stand:
     def secret(self, node: str) -> Json | None:
         return self.found(f"{tokens.SECRETS}/bootstrap-token-{self.secrets.tokens[node].id}")
 
+    def pin(self, node: str, key_digest: str, asked: datetime | None = None) -> None:
+        """As if the token had first asked with this key."""
+        annotations = {
+            approve.FIRST_KEY: key_digest,
+            approve.FIRST_ASKED: (asked or datetime.now(UTC)).replace(microsecond=0).isoformat(),
+        }
+        path = f"{tokens.SECRETS}/bootstrap-token-{self.secrets.tokens[node].id}"
+        self.admin.call("PATCH", path, {"metadata": {"annotations": annotations}}, kind=MERGE)
+
     def brought(self) -> set[str]:
         """The machines whose tokens the cluster has."""
         listed = self.admin.call("GET", tokens.SECRETS, query=tokens.TYPE)["items"]
@@ -625,7 +635,7 @@ class Stand:
         """A Node, as a kubelet registers it."""
         self.admin.call(
             "POST",
-            labels.NODES,
+            inventory.NODES,
             {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": {"plain": "x", **more}}},
         )
         if ready:
@@ -634,10 +644,12 @@ class Stand:
     def ready(self, name: str, status: str = "True") -> None:
         condition = {"type": "Ready", "status": status, "reason": "Test", "message": ""}
         patch = {"status": {"conditions": [condition]}}
-        self.admin.call("PATCH", f"{labels.NODES}/{name}/status", patch, kind="application/strategic-merge-patch+json")
+        self.admin.call(
+            "PATCH", f"{inventory.NODES}/{name}/status", patch, kind="application/strategic-merge-patch+json"
+        )
 
     def labels(self, name: str) -> Mapping[str, str]:
-        found: dict[str, str] = self.admin.call("GET", f"{labels.NODES}/{name}")["metadata"]["labels"]
+        found: dict[str, str] = self.admin.call("GET", f"{inventory.NODES}/{name}")["metadata"]["labels"]
         return {key: value for key, value in found.items() if not key.startswith(("beta.", "kubernetes.io/"))}
 
     def remove(self, path: str) -> None:
@@ -650,7 +662,7 @@ class Stand:
         """As a cluster in which objects were applied at some time and nothing has happened since."""
         self.remove(f"{objects.CONFIG_MAPS}/{inventory.NAME}")
         self.remove(f"/apis/coordination.k8s.io/v1/namespaces/kube-system/leases/{lease.NAME}")
-        for collection, query in ((labels.NODES, {}), (approve.REQUESTS, {}), (tokens.SECRETS, tokens.TYPE)):
+        for collection, query in ((inventory.NODES, {}), (approve.REQUESTS, {}), (tokens.SECRETS, tokens.TYPE)):
             self.admin.call("DELETE", collection, query=query)
 
     def found(self, path: str) -> Json | None:
@@ -807,7 +819,7 @@ def test_what_no_kubelet_asks_for_is_refused_with_its_reason(plane: Stand) -> No
         plane.ask("second-key", kubelets_request(plane, "worker-1", key()), token=plane.bearer("worker-1"))
         decision, told = plane.outcome("second-key")
         assert decision == "Denied" and "was first used with the key" in told and digest(KEY)[:16] in told
-        assert "delete the Secret kube-system/bootstrap-token-" in told
+        assert "it is the first one's" in told
         plane.ask("first-key-again", kubelets_request(plane, "worker-1", KEY), token=plane.bearer("worker-1"))
         assert plane.outcome("first-key-again")[0] == "Approved"
         plane.ask("stranger", request_pem("system:node:worker-9"), node="worker-9")
@@ -958,7 +970,7 @@ def test_a_reinstall_begins_with_deleting_the_node(plane: Stand) -> None:
         running.until(r"of worker-1: deleted, for it has joined")
         assert plane.secret("worker-2") is not None, "that of one that is not is kept"
         for name in ("worker-1", "worker-2"):
-            plane.remove(f"{labels.NODES}/{name}")
+            plane.remove(f"{inventory.NODES}/{name}")
             eventually(lambda name=name: is_fresh(plane.secret(name)), f"{name} has a fresh token")  # type: ignore[misc]
             new = key()
             eventually(lambda name=name, new=new: plane.can_ask(f"{name}-again", name, signed_with=new), "it is known")  # type: ignore[misc]
@@ -1133,13 +1145,33 @@ def test_one_that_was_killed_between_pinning_and_approving(plane: Stand) -> None
         eventually(lambda: plane.brought() >= {"worker-1", "worker-2"}, "they have tokens")
         running.process.kill()
     for name, first in (("worker-1", KEY), ("worker-2", key())):
-        metadata = {"annotations": {approve.FIRST_KEY: digest(first)}}
-        path = f"{tokens.SECRETS}/bootstrap-token-{plane.secrets.tokens[name].id}"
-        plane.admin.call("PATCH", path, {"metadata": metadata}, kind=MERGE)
+        plane.pin(name, digest(first))
         assert plane.can_ask(name, name)
     with plane.daemon(plane.artifact(1)):
         assert plane.outcome("worker-1", 60)[0] == "Approved"
         assert plane.outcome("worker-2", 60)[0] == "Denied"
+
+
+def test_a_first_key_that_nothing_came_of_is_forfeit(plane: Stand) -> None:
+    """A kubelet that ends before it has its certificate comes back with another key."""
+    long_ago = datetime.now(UTC) - approve.FORFEIT
+    lost = digest(key())
+    with plane.daemon(plane.artifact(1)) as running:
+        eventually(lambda: plane.brought() >= {"worker-1", "worker-2", "worker-3"}, "they have tokens")
+        plane.pin("worker-1", lost, long_ago)
+        plane.pin("worker-2", lost, long_ago)
+        plane.register("worker-2")
+        for name in ("worker-1", "worker-2"):
+            assert plane.can_ask(name, name)
+        assert plane.outcome("worker-1")[0] == "Approved"
+        decision, told = plane.outcome("worker-2")
+        assert decision == "Denied" and "the Node worker-2 has joined with the first" in told
+        assert "delete its Node" in told
+        running.until(rf"of worker-1: nothing came of its first key {lost[:16]}...; it is forfeit")
+        secret = plane.secret("worker-1")
+        assert secret is not None and secret["metadata"]["annotations"][approve.FIRST_KEY] == digest(KEY)
+        assert plane.can_ask("worker-1-again", "worker-1", signed_with=key())
+        assert plane.outcome("worker-1-again")[0] == "Denied", "the second key's time begins anew"
 
 
 def test_in_group_mode_the_controller_manager_approves_clients(plane: Stand) -> None:
@@ -1166,11 +1198,11 @@ def test_nodes_are_labelled_and_storage_is_taken_back(plane: Stand) -> None:
     with plane.daemon(plane.artifact(1, stored)) as running:
         given = {"plain": "x", **role, inventory.STORAGE: "fast", "rack": "a"}
         eventually(lambda: plane.labels("worker-1") == given, "it is labelled", 60)
-        version = plane.admin.call("GET", f"{labels.NODES}/worker-1")["metadata"]["resourceVersion"]
+        version = plane.admin.call("GET", f"{inventory.NODES}/worker-1")["metadata"]["resourceVersion"]
         plane.register("control-1", more={"node-role.kubernetes.io/mine": ""})
         own = {"node-role.kubernetes.io/mine": "", "node-role.kubernetes.io/control-plane": "", "plain": "x"}
         eventually(lambda: plane.labels("control-1") == own, "it is labelled")
-        again = plane.admin.call("GET", f"{labels.NODES}/worker-1")["metadata"]["resourceVersion"]
+        again = plane.admin.call("GET", f"{inventory.NODES}/worker-1")["metadata"]["resourceVersion"]
         assert version == again, "nothing is written where nothing differs"
         plane.register("stranger")
         running.process.kill()
@@ -1183,12 +1215,12 @@ def test_nodes_are_labelled_and_storage_is_taken_back(plane: Stand) -> None:
 def test_it_may_do_what_it_does_and_nothing_else(plane: Stand) -> None:
     identity = credentials.Identity(plane.authority, plane.folder / "rights.pem", "nodebake:controller")
     own = Api(plane.server, plane.authority.certificate, identity)
-    own.call("GET", labels.NODES)
+    own.call("GET", inventory.NODES)
     for method, path, body in (
         ("GET", "/api/v1/namespaces/default/secrets", None),
         ("GET", "/api/v1/namespaces/kube-system/configmaps", None),
         ("GET", "/api/v1/pods", None),
-        ("DELETE", f"{labels.NODES}/x", None),
+        ("DELETE", f"{inventory.NODES}/x", None),
         ("POST", objects.CONFIG_MAPS, inventory.config_map(INVENTORY, 0)),
         ("GET", f"/apis/coordination.k8s.io/v1/namespaces/kube-system/leases/{lease.NAME}", None),
     ):

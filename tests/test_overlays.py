@@ -209,6 +209,12 @@ def test_executables(cluster: Cluster, node: Node) -> None:
 
 
 @every_machine
+def test_no_bytecode_of_our_own_programs(cluster: Cluster, node: Node) -> None:
+    """What an import at the desk leaves in the tree would be baked, and differ from desk to desk."""
+    assert not [file.path for file in payload(cluster, node.role) if "__pycache__" in file.path]
+
+
+@every_machine
 def test_no_other_machine_is_named(cluster: Cluster, node: Node) -> None:
     """A payload knows no machine but control planes and etcd members, which configuration has to find."""
     known = {*cluster.control_planes, *cluster.etcd_members}

@@ -4,22 +4,21 @@ That key's digest is kept in an annotation of the token's Secret, written by com
 two keys that three control planes see in whatever order, one is first, and a control plane that was killed in between
 finds its digest there and goes on. Who loses the token to a thief is refused, and the log names both keys.
 
-A kubelet keeps the key that it first asks with in pki/kubelet-client.key.tmp until it has the certificate, and asks
-with it again after a restart, under the same request's name (LoadClientCert in its source): a crash changes nothing.
-It does not sync that file, though. A power cut within the half minute in which the kernel holds it back may leave it
-empty, with which no kubelet starts, or take it away; then the kubelet comes with another key and is refused. Where a
-key was lost, the Secret is deleted by hand, and tokens.py brings a fresh one:
-
-    kubectl -n kube-system delete secret bootstrap-token-<id>
+A kubelet that rotates its certificates (rotateCertificates) has the key that it asks with in its memory alone until the
+certificate comes (rotateCerts in client-go's certificate_manager.go; pki/kubelet-client.key.tmp is for those that do
+not rotate). If it ends between the approval and that moment, by a power cut, or by itself because nobody has signed for
+five minutes, it comes back with another key. So the first key holds a token for FORFEIT only, unless its Node has come
+by then; after that the next key takes its place. Whose Node is there has joined, and no other key will do until that
+Node is deleted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from controller.api import MERGE, METADATA, Api, Json, Refused
-from controller.inventory import NAMESPACE, Inventory
+from controller.inventory import NAMESPACE, NODES, Inventory
 from controller.judge import CLIENT, SERVING, Pin, Request, Verdict, judge
 from controller.log import say, shown
 from controller.mirror import Mirror
@@ -27,6 +26,9 @@ from controller.work import Work
 
 REQUESTS = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
 FIRST_KEY = "nodebake.local/first-key"
+FIRST_ASKED = "nodebake.local/first-asked"
+# From a certificate to a Node are seconds; a controller-manager that has to take over signs after half a minute.
+FORFEIT = timedelta(minutes=2)
 _DECIDED = frozenset(("Approved", "Denied", "Failed"))
 
 
@@ -67,28 +69,49 @@ class Approver:
             say(f"{_title(request)}: left waiting: {verdict.why}")
 
     def _pin(self, pin: Pin) -> str | None:
-        """Makes this key the token's, if it has none yet; otherwise says what is wrong."""
+        """Makes this key the token's, if it has none yet or one that nothing came of; otherwise says what is wrong."""
         path = f"/api/v1/namespaces/{NAMESPACE}/secrets/bootstrap-token-{pin.token_id}"
         try:
-            secret = self._api.call("GET", path, accept=METADATA)
-            first = secret["metadata"].get("annotations", {}).get(FIRST_KEY)
-            if first is None:
-                metadata = {
-                    "resourceVersion": secret["metadata"]["resourceVersion"],
-                    "annotations": {FIRST_KEY: pin.key},
-                }
-                self._api.call("PATCH", path, {"metadata": metadata}, kind=MERGE, accept=METADATA)
+            metadata = self._api.call("GET", path, accept=METADATA)["metadata"]
+            annotations = metadata.get("annotations", {})
+            first = annotations.get(FIRST_KEY)
+            if first == pin.key:
                 return None
+            now = datetime.now(UTC).replace(microsecond=0)
+            if first is not None:
+                flaw = self._held(pin, first, annotations.get(FIRST_ASKED, ""), now)
+                if flaw is not None:
+                    return flaw
+                say(f"token {pin.token_id} of {pin.node}: nothing came of its first key {first[:16]}...; it is forfeit")
+            patch = {
+                "resourceVersion": metadata["resourceVersion"],
+                "annotations": {FIRST_KEY: pin.key, FIRST_ASKED: now.isoformat()},
+            }
+            self._api.call("PATCH", path, {"metadata": patch}, kind=MERGE, accept=METADATA)
         except Refused as refused:
             if refused.code != 404:
                 raise  # 409: another control plane was quicker; this request is looked at again
             return f"the token {pin.token_id} was retired, or its time is over"
-        if first == pin.key:
-            return None
+        return None
+
+    def _held(self, pin: Pin, first: str, asked: str, now: datetime) -> str | None:
+        """Why the token is still its first key's, or None. asked: when that came, ISO 8601; unreadable: long ago."""
+        keys = f"the token {pin.token_id} was first used with the key {shown(first, 16)} and now with {pin.key[:16]}..."
+        try:
+            until = datetime.fromisoformat(asked) + FORFEIT
+        except (ValueError, TypeError):
+            until = now
+        if now < until:
+            return f"{keys}; until {until.isoformat()} it is the first one's"
+        try:
+            self._api.call("GET", f"{NODES}/{pin.node}", accept=METADATA)
+        except Refused as refused:
+            if refused.code == 404:
+                return None
+            raise
         return (
-            f"the token {pin.token_id} was first used with the key {shown(first, 16)} and now with {pin.key[:16]}...;"
-            f" if the machine lost its key, delete the Secret {NAMESPACE}/bootstrap-token-{pin.token_id}; if not,"
-            " somebody else has its token: deny it"
+            f"{keys}, and the Node {pin.node} has joined with the first; to install that machine anew, delete its Node;"
+            " if nobody does that, somebody else has its token"
         )
 
     def _write(self, item: Json, request: Request, verdict: Verdict) -> None:

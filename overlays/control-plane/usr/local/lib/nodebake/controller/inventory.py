@@ -24,6 +24,7 @@ from controller.api import Json
 
 NAMESPACE = "kube-system"
 NAME = "nodebake-inventory"
+NODES = "/api/v1/nodes"
 _MEMBER = "inventory.json.gz"
 
 

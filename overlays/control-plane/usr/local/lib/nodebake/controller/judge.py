@@ -63,9 +63,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """A token, and the key (SHA-256 of its SubjectPublicKeyInfo, hex) that must be the first it asked with."""
+    """A token, the machine that it is for, and the key (SHA-256 of its SubjectPublicKeyInfo, hex) that must be the
+    first it asked with."""
 
     token_id: str
+    node: str
     key: str
 
 
@@ -113,7 +115,7 @@ def judge(request: Request, inventory: Inventory, now: datetime) -> Verdict:
     if flaw is not None:
         return Verdict("refuse", flaw)
     what = "client" if client else "serving"
-    pin = Pin(token_id, _digest(asked)) if token_id is not None else None
+    pin = Pin(token_id, kubelet.name, _digest(asked)) if token_id is not None else None
     return Verdict("approve", f"{what} certificate of {kubelet.name}, as baked", pin)
 
 

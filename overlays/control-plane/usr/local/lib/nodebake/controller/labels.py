@@ -7,12 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from controller.api import MERGE, Api, Json, Refused
-from controller.inventory import STORAGE, Inventory
+from controller.inventory import NODES, STORAGE, Inventory
 from controller.log import say
 from controller.mirror import Mirror
 from controller.work import Work
-
-NODES = "/api/v1/nodes"
 
 
 @dataclass(frozen=True, slots=True)

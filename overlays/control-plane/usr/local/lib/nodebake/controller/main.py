@@ -19,9 +19,9 @@ from controller import labels, tokens
 from controller.api import METADATA, METADATA_LIST, Api, Json, Refused
 from controller.approve import REQUESTS, Approver, undecided
 from controller.credentials import Authority, Identity
-from controller.inventory import NAME, Inventory, Published, published
-from controller.labels import NODES, Labeller, Seen
-from controller.log import Trouble, say
+from controller.inventory import NAME, NODES, Inventory, Published, published
+from controller.labels import Labeller, Seen
+from controller.log import Expected, Trouble, say
 from controller.mirror import Mirror
 from controller.objects import CONFIG_MAPS, Applier, Place
 from controller.tokens import SECRETS, TYPE, Token, Tokens
@@ -165,7 +165,9 @@ class Controller:
             try:
                 api.ready()
                 break
-            except (Refused, OSError) as error:
+            except Refused as refused:
+                time.sleep(trouble.wait(Expected(f"it is not ready yet ({refused.code})")))
+            except OSError as error:
                 time.sleep(trouble.wait(error))
         api.close()
         _notify(f"READY=1\nSTATUS=speaks with {self._place.server}")

@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 
 from controller.api import Api, Json, Refused
 from controller.approve import FIRST_KEY
-from controller.inventory import NAMESPACE, Artifact, Inventory, Kubelet
-from controller.labels import NODES, Seen
+from controller.inventory import NAMESPACE, NODES, Artifact, Inventory, Kubelet
+from controller.labels import Seen
 from controller.log import say
 from controller.mirror import Mirror
 from controller.work import Work
