@@ -27,6 +27,7 @@ PROGRAMS = {
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 # What machines find in the kernel that they share with the host; the host may have to load it.
 MODULES = ("overlay", "veth", "bridge", "br_netfilter", "nf_conntrack", "nf_tables", "nft_ct", "vxlan", "macvlan")
+_WATCHERS = 8192
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 Argument = str | os.PathLike[str]
@@ -49,10 +50,13 @@ def lacking() -> str | None:
 
 
 def prepare() -> None:
-    """Raises LabError where lacking() finds something; loads what kernel modules there are."""
+    """Raises LabError where lacking() finds something; loads what kernel modules there are, makes room for watchers."""
     if (lack := lacking()) is not None:
         what, _, remedy = lack.partition(": ")
         raise LabError(what, remedy=remedy)
+    limit = Path("/proc/sys/fs/inotify/max_user_instances")  # counts the root users of all machines together
+    if int(limit.read_text()) < _WATCHERS:
+        limit.write_text(str(_WATCHERS))
     with suppress(FileNotFoundError):  # a kernel without modules has built in what it has
         subprocess.run(["modprobe", "--all", "--quiet", *MODULES], check=False, capture_output=True)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from recipes.kit.errors import BakeError
 from recipes.kit.model import Node
 from tests.lab import cgroups, host, namespaces
 from tests.lab.host import PATH, Argument, LabError
@@ -22,6 +23,10 @@ SHIMS = Path(__file__).parent / "shims"
 # Overlayfs holds none of these: etcd's fsync and containerd's own overlays want a real file system.
 _REAL = ("containerd", "kubelet", "etcd")
 _Value = TypeVar("_Value")
+
+
+class WentOff(BakeError):
+    """A machine that was waited for ended. No LabError: waiting on is in vain."""
 
 
 def wait(condition: Callable[[], _Value], seconds: float, what: str) -> _Value:
@@ -98,17 +103,18 @@ class Machine:
     @property
     def first(self) -> int:
         """The PID, on the host, of the machine's first process."""
-        if self._first is None or not _is_first(self._first):  # it may have been rebooted by its own means
-            self._first = wait(self._find_first, 20, f"{self.name} starts systemd") or 0
+        if not self.is_on:
+            raise LabError("It is off", where=self.name, remedy="power_on() it.")
+        if self._first is None:
+            self._first = self.wait(self._find_first, 20, "systemd starts")
         return self._first
 
-    def _find_first(self) -> int | None:
-        if self._process is None or self._process.poll() is not None:
-            raise LabError(f"It is off\n{self.console[-2000:]}", where=self.name)
+    def _find_first(self) -> int:
+        assert self._process is not None
         found = [self._process.pid]
         for pid in found:
             found += namespaces.children(pid)
-        return next((pid for pid in found[1:] if _is_first(pid)), None)
+        return next((pid for pid in found[1:] if _is_first(pid)), 0)
 
     def _ended(self, seconds: float) -> None:
         assert self._process is not None
@@ -181,7 +187,7 @@ class Machine:
 
         def asked() -> _Value:
             if not self.is_on:
-                raise RuntimeError(f"{self.name} went off while waiting: {what}\n{self.console[-2000:]}")
+                raise WentOff(f"It went off while it was waited for: {what}\n{self.console[-2000:]}", where=self.name)
             return condition()
 
         return wait(asked, seconds, f"{self.name}: {what}")

@@ -20,7 +20,7 @@ from tests.lab import cgroups, host, rootfs, runs
 from tests.lab import lab as labs
 from tests.lab.host import LabError
 from tests.lab.lab import Lab
-from tests.lab.machine import Machine, wait
+from tests.lab.machine import Machine, WentOff, wait
 from tests.lab.wire import Stray
 
 ROOT = Path(__file__).parents[2]
@@ -166,6 +166,15 @@ def test_a_crashed_machine_finds_its_disk_again(lab: Lab) -> None:
     assert reaches(one, lab.machine("control-1").node)
 
 
+def test_a_machine_that_goes_off_is_waited_for_no_longer(lab: Lab) -> None:
+    one = lab.machine("worker-1")
+    one.run("systemctl poweroff")
+    with pytest.raises(WentOff, match=r"(?s)worker-1.*etcd answers.*Reached target"):
+        one.wait(lambda: False, 60, "etcd answers")
+    one.power_on()
+    one.wait_booted()
+
+
 def test_the_power_button_ends_what_runs_in_order(lab: Lab) -> None:
     one = lab.machine("worker-1")
     unit = "[Service]\nExecStart=sleep infinity\nExecStop=sh -c 'echo in order >/root/stopped'\n"
@@ -233,7 +242,7 @@ def test_chatter_by_ipv6_is_told_apart(lab: Lab) -> None:
     one.run("python3", "-c", f"import socket; {to}; {solicitation}")
     one.run("ip address delete fe80::1/64 dev nic0")
     kinds = {stray.kind for stray in set(lab.strays()) - before}
-    assert kinds == {"mld", "neighbour solicitation", "router solicitation"}
+    assert kinds - {"llmnr"} == {"mld", "neighbour solicitation", "router solicitation"}  # that is systemd-resolved's
 
 
 def test_a_server_on_the_machines_network(lab: Lab, tmp_path: Path) -> None:
