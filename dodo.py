@@ -1,6 +1,6 @@
 """The task graph: `doit` bakes the whole cluster, `doit node:NAME` one machine, `doit list` names what there is.
 
-Arguments: cluster=FILE  secrets=DIR  source=release|modules  mirror=URL-or-DIR
+Arguments: cluster=FILE  secrets=DIR  source=release|modules  mirror=URL-or-DIR  images=DIR (doit lab)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Task = dict[str, Any]
 
 @cache
 def bake() -> Bake:
-    graph.only_arguments("cluster", "secrets", "source", "mirror")
+    graph.only_arguments("cluster", "secrets", "source", "mirror", "images")
     now = datetime.now(UTC)
     file = Path(argument("cluster") or PACKAGE / "clusters" / "ha.yaml")
     cluster = inventory.load(file, now=now)
@@ -177,6 +177,29 @@ def task_schema() -> Task:
         "uptodate": [Same(lambda: bake().code)],
         "clean": True,
     }
+
+
+def task_lab() -> Task:
+    """boot what was baked on this host, in containers (root); images=DIR: more image archives to load"""
+    return {"actions": [action(lab_up)], "task_dep": ["node", "volume", "desk"]}
+
+
+def task_lab_down() -> Task:
+    """end what `doit lab` booted"""
+    return {"basename": "lab:down", "actions": [action(lab_down)]}
+
+
+def lab_up() -> None:
+    from tests.lab import trial
+
+    images = argument("images")
+    trial.up(bake().folder, bake().cluster.file, Path(images) if images else None)
+
+
+def lab_down() -> None:
+    from tests.lab import trial
+
+    trial.down(bake().folder)
 
 
 def info(names: list[str]) -> None:

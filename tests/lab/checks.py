@@ -13,7 +13,6 @@ from tests.lab.host import LabError
 from tests.lab.lab import Lab
 from tests.lab.machine import Machine, wait
 
-
 told: list[str] = []  # figures of this run, for the end of the report
 
 

@@ -66,6 +66,11 @@ class Lab:
             self.machines[name] = made
         return self.machines[name]
 
+    def reinstalled(self, name: str) -> Machine:
+        """The same machine, which is off, with a new and empty disk."""
+        self.machines.pop(name).scrap()
+        return self.machine(name)
+
     @property
     def payload_volume(self) -> Path:
         """The ISO that machines with thin media share: for insert()."""

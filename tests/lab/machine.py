@@ -141,6 +141,13 @@ class Machine:
             *binds,
         ]
 
+    def scrap(self) -> None:
+        """The machine is off, and its disk goes with all that is on it."""
+        if self.is_on:
+            raise LabError("It is on", where=self.name, remedy="crash() or shutdown() it first.")
+        self._inside.run(["umount", self._disk])
+        shutil.rmtree(self._folder)
+
     # -- drives and cable ---------------------------------------------------------------------------------------------
 
     def insert(self, iso: Path) -> None:

@@ -100,7 +100,8 @@ def test_six_machines_at_once_become_a_cluster(ha: Lab) -> None:
         labels = node["metadata"]["labels"]
         role = "control-plane" if node["metadata"]["name"] in planes else "worker"
         assert labels[f"node-role.kubernetes.io/{role}"] == ""
-    assert items(ha, "secrets", "-n", "kube-system", "--field-selector=type=bootstrap.kubernetes.io/token") == []
+    tokens = ("secrets", "-n", "kube-system", "--field-selector=type=bootstrap.kubernetes.io/token")
+    wait(lambda: items(ha, *tokens) == [], 180, "the tokens are retired")
     requests = items(ha, "csr")
     assert {checks.condition({"status": each["status"]}, "Approved") for each in requests} == {True}
     for name in ha.machines:
@@ -198,6 +199,65 @@ def test_a_killed_control_plane_loses_no_acknowledged_write(ha: Lab) -> None:
     tell(clock)
 
 
+def test_a_deleted_image_comes_back(ha: Lab) -> None:
+    machine = ha.machine("worker-3")
+    crictl = "/opt/nodebake/current/bin/crictl"
+    image = f"{crictl} inspecti -q {workload.IMAGE}"
+    pods = [pod["metadata"]["name"] for pod in items(ha, "pods") if pod["spec"]["nodeName"] == "worker-3"]
+    ha.kubectl("delete", "pod", "--grace-period=0", "--force", *pods, check=False)
+    machine.wait(lambda: machine.run(f"{crictl} rmi {workload.IMAGE}").returncode == 0, 30, "the image is deleted")
+    machine.wait(lambda: machine.run(image).returncode == 0, 120, "the image comes back")
+    assert '"pinned": true' in machine.run(image).stdout
+    checks.wait_pods(ha, "app=web", 3)
+    checks.nothing_was_pulled(ha)
+
+
+def test_a_reinstalled_machine_joins_again_and_renews_its_certificates(ha: Lab) -> None:
+    """The disk is new, the artifact the same. Certificates of two minutes show how they are renewed."""
+    for node in ha.cluster.control_planes:
+        unit = "/etc/systemd/system/kube-controller-manager.service"
+        ha.machine(node.name).run(f"sed -i 's/--cluster-signing-duration=.*h /--cluster-signing-duration=2m /' {unit}")
+        ha.machine(node.name).run("systemctl daemon-reload && systemctl restart kube-controller-manager.service")
+    machine = ha.machine("worker-3")
+    machine.crash()
+    ha.kubectl("delete", "node", "worker-3")
+    machine = ha.reinstalled("worker-3")
+    clock = power_on(ha, "worker-3")
+    wait_ready(ha, BOOT, {"worker-3"}, clock)
+    tell(clock)
+    current = "readlink /var/lib/kubelet/pki/kubelet-client-current.pem"
+    first = machine.run(current).stdout
+    wait(lambda: machine.run(current).stdout != first, 180, "the client certificate is renewed")
+    own = [each for each in items(ha, "csr") if each["spec"]["username"] == "system:node:worker-3"]
+    renewed = [each for each in own if each["spec"]["signerName"] == "kubernetes.io/kube-apiserver-client-kubelet"]
+    assert renewed and all(checks.condition(each, "Approved") for each in renewed)
+    assert "worker-3" in ready_nodes(ha)
+
+
+# ---- machines that are refused
+
+
+def test_a_machine_with_anothers_medium_is_refused_until_it_has_its_own(bake: Baker) -> None:
+    with switched_on(bake, "ha") as lab:
+        machine = lab.machine("worker-1")
+        machine.insert(lab.build / "seeds" / "worker-2.iso")
+        machine.power_on()
+        refused = "no network card has the MAC address 52:54:00:00:10:16 of worker-2"
+        machine.wait(lambda: refused in machine.console, 120, "it is refused")
+        for path in ("/opt/nodebake", "/etc/kubernetes", "/etc/nodebake", "/usr/local/bin/nodebake"):
+            assert machine.run(f"test -e {path}", check=False).returncode == 1, f"{path} is there"
+        assert machine.run("test -d /run/nodebake/media/cidata && ls /run/nodebake/media/cidata").stdout == ""
+        machine.insert(lab.build / "seeds" / "worker-1.iso")
+        machine.wait(lambda: "checking that this machine is worker-1" in machine.console, 120, "its own is taken")
+        machine.wait(
+            lambda: " health waiting" in machine.run("cat /var/lib/nodebake/journal").stdout, 120, "it goes on"
+        )
+        status = machine.run("nodebake status", check=False)
+        assert status.returncode == 1 and "worker-1: worker of cluster ha" in status.stdout
+        assert "no API server answers" in status.stdout
+        checks.nothing_was_asked_outside(lab)
+
+
 # ---- the other ways to come up
 
 
@@ -232,6 +292,36 @@ def test_one_control_plane_at_a_time_the_last_after_the_workers(bake: Baker) -> 
         wait_ready(lab, BOOT, set(lab.machines) - {"control-3"}, clock)
         power_on(lab, "control-3")
         settled(lab, clock)
+
+
+@pytest.mark.matrix
+def test_whoever_holds_a_token_is_approved_in_group_mode(bake: Baker) -> None:
+    with switched_on(bake, "group") as lab:
+        settled(lab, power_on(lab))
+        requests = items(lab, "csr")
+        clients = [each for each in requests if "client" in each["spec"]["signerName"]]
+        assert {each["status"]["conditions"][0]["reason"] for each in clients} == {"AutoApproved"}
+
+
+@pytest.mark.matrix
+def test_images_survive_garbage_collection(bake: Baker) -> None:
+    """The kubelet collects as if the disk were full: what the payload brought is pinned, what was not is gone."""
+    with switched_on(bake, "single") as lab:
+        wait_ready(lab, BOOT, None, power_on(lab))
+        machine = lab.machine("only")
+        ctr = "/opt/nodebake/current/bin/ctr -n k8s.io images"
+        before = set(machine.run(f"{ctr} ls -q").stdout.split())
+        machine.run(
+            f"{ctr} tag {workload.IMAGE} lab.local/other:1 && {ctr} label lab.local/other:1 io.cri-containerd.pinned="
+        )
+        pressure = "imageGCHighThresholdPercent: 2\nimageGCLowThresholdPercent: 1\nimageMinimumGCAge: 1s\n"
+        head = "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\n"
+        machine.run("cat >/etc/kubernetes/kubelet.conf.d/95-lab.conf", stdin=head + pressure)
+        machine.run("systemctl restart kubelet.service")
+        machine.wait(lambda: "image garbage collection" in machine.journal.lower(), 420, "images are collected")
+        time.sleep(10)
+        assert set(machine.run(f"{ctr} ls -q").stdout.split()) >= before
+        everything_works(lab)
 
 
 @pytest.mark.matrix
