@@ -14,9 +14,9 @@ import posixpath
 import re
 import subprocess
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from io import BufferedIOBase, BufferedReader, BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,7 +25,7 @@ import yaml
 
 from recipes.kit import manifest, shell
 from recipes.kit.errors import BakeError, BakeErrors
-from recipes.kit.model import USERS, Arch, Cluster, File, Image, Node, Role
+from recipes.kit.model import USERS, Arch, Cluster, Fetched, File, Image, Node, Role
 
 SYSTEM = Path(__file__).with_name("system.yaml")
 MACHINES: dict[Arch, int] = {"amd64": 62, "arm64": 183}  # ELF's e_machine
@@ -70,7 +70,8 @@ class Ask:
 class Proven:
     """A payload as far as it can be proven without a machine: what it brings, and what it leaves to each machine."""
 
-    there: frozenset[str]  # paths of files and folders, those of its Debian packages too; full names of images
+    # Paths of files and folders, those that its Debian packages list too; full names of images.
+    there: frozenset[str]
     links: Mapping[str, str]  # path -> target
     asks: tuple[Ask, ...]
 
@@ -111,10 +112,19 @@ def prove_payload(
     return replace(brought, asks=tuple(dict.fromkeys(ask for ask in asks if ask in unmet)))
 
 
-def prove(proven: Proven, cluster: Cluster, node: Node, identity: Sequence[File]) -> None:
-    """Proves one machine: its identity upon its proven payload. BakeErrors name every hole in the two together."""
+def prove(
+    proven: Proven,
+    cluster: Cluster,
+    node: Node,
+    identity: Sequence[File],
+    debs: Callable[[], Iterable[Fetched]] = tuple,
+) -> None:
+    """Proves one machine: its identity upon its proven payload. BakeErrors name every hole in the two together.
+
+    debs: the payload's Debian packages, asked for only when something is missing that none of them lists: a link.
+    """
     brought = _brought(identity)
-    machine = _Machine(proven.there | brought.there, {**proven.links, **brought.links}, identity)
+    machine = _Machine(proven.there | brought.there, {**proven.links, **brought.links}, identity, debs)
     asks = [*proven.asks, *(ask for file in identity for ask in _asks(file, cluster))]
     asks += [
         Ask("the payload, or a package in it, brings this file too", file.path, remedy="take it out of one of the two")
@@ -136,7 +146,8 @@ def _brought(files: Sequence[File]) -> Proven:
         if file.path.startswith("/etc/tmpfiles.d/"):  # what systemd-tmpfiles makes there
             there.update(path.decode() for path in _MADE.findall(file.data or b""))
         elif file.source is not None and _DEBS.fullmatch(file.path):
-            there |= _deb_members(file.source, file.sha256)
+            for path in _deb_listed(file.source, file.sha256):
+                there.update((path, *_folders(path)))
         elif file.source is not None and _ARCHIVES.fullmatch(file.path):
             there |= _archive(file.source, file.sha256).names
     return Proven(frozenset(there), {file.path: file.link for file in files if file.link is not None}, ())
@@ -150,14 +161,21 @@ def _folders(path: str) -> Iterator[str]:
 class _Machine:
     """What there is on the machine once the artifact is unpacked and its packages are installed."""
 
-    def __init__(self, there: Set[str], links: Mapping[str, str], files: Iterable[File]) -> None:
+    def __init__(
+        self,
+        there: Set[str],
+        links: Mapping[str, str],
+        files: Iterable[File],
+        debs: Callable[[], Iterable[Fetched]] = tuple,
+    ) -> None:
         self._there = there
+        self._debs = debs
         self._links = {**_MERGED, **links}
         self._files = {file.path: file for file in files}  # whose modes are known
 
     def met(self, ask: Ask) -> bool:
         if ask.reader is None:
-            return any(map(self.has, ask.any_of))
+            return any(map(self.has, ask.any_of)) or any(self._place(name) in self._unpacked for name in ask.any_of)
         read = self._files.get(self.resolve(ask.any_of[0]))
         return read is None or bool(read.mode & 0o004) or read.owner == ask.reader
 
@@ -167,15 +185,23 @@ class _Machine:
         path = posixpath.normpath(name)
         if path in _system("paths") or f"{path}/".startswith(_runtime()):
             return True
-        found = self.resolve(path)
-        if _is_pattern(found):  # it matches nothing today, which may stay so: its folder must be there
-            return self.has(_folder(found))
+        found = self._place(path)
         folder, _, last = found.rpartition("/")
         return (
             (found in self._there and found not in self._links)  # a link that resolve() gave up on goes in circles
             or found in _system("paths")
             or (folder in ("/usr/bin", "/usr/sbin") and last in _system("programs"))
         )
+
+    def _place(self, path: str) -> str:
+        """Where a path leads. Of a pattern that matches nothing today, which may stay so, its folder."""
+        found = self.resolve(posixpath.normpath(path))
+        return self._place(_folder(found)) if _is_pattern(found) else found
+
+    @cached_property
+    def _unpacked(self) -> frozenset[str]:
+        """All that the packages contain, links too: it takes seconds, so it comes last."""
+        return frozenset().union(*(_deb_members(deb.path, deb.sha256) for deb in self._debs()))
 
     def resolve(self, path: str) -> str:
         """The path behind the artifact's own links and Debian's merged /usr."""
@@ -440,13 +466,22 @@ def _read_archive(tar: tarfile.TarFile) -> _Archive:
 
 
 @lru_cache(maxsize=4096)
+def _deb_listed(source: Path, _digest: str | None) -> frozenset[str]:
+    """The regular files of a Debian package, by its lists of checksums and configuration: quick."""
+    found: set[str] = set()
+    with source.open("rb") as deb, _deb_part(deb, "control.tar") as data, tarfile.open(fileobj=data, mode="r|") as tar:
+        for member in tar:
+            name = member.name.removeprefix("./")
+            stream = tar.extractfile(member) if name in ("md5sums", "conffiles") else None
+            for line in stream.read().decode("utf-8", "replace").splitlines() if stream is not None else ():
+                found.add(_merged(line.split(maxsplit=1)[-1] if name == "md5sums" else line.split()[-1]))
+    return frozenset(found)
+
+
+@lru_cache(maxsize=4096)
 def _deb_members(source: Path, _digest: str | None) -> frozenset[str]:
-    """All that a Debian package contains, folders and links too."""
-    with (
-        source.open("rb") as deb,
-        _deb_data(deb) as data,
-        tarfile.open(fileobj=data, mode="r|", bufsize=1 << 20) as tar,
-    ):
+    """All that a Debian package contains."""
+    with source.open("rb") as deb, _deb_part(deb, "data.tar") as data, tarfile.open(fileobj=data, mode="r|") as tar:
         return frozenset(_merged(member.name.removeprefix("./")) for member in tar)
 
 
@@ -455,17 +490,17 @@ def _merged(path: str) -> str:
     return f"/usr{path}" if path.startswith(("/bin/", "/sbin/", "/lib/")) else path
 
 
-def _deb_data(deb: BufferedReader) -> BufferedIOBase:
-    """data.tar of a .deb (an ar archive: 60 bytes of header a member), unpacked while it is read."""
+def _deb_part(deb: BufferedReader, part: str) -> BufferedIOBase:
+    """control.tar or data.tar of a .deb (an ar archive: 60 bytes of header a member), unpacked while it is read."""
     deb.seek(8)
     while header := deb.read(60):
         name, size = header[:16].decode().strip().rstrip("/"), int(header[48:58])
-        if name == "data.tar.xz":
+        if name == f"{part}.xz":
             return lzma.open(deb)
-        if name == "data.tar.gz":
+        if name == f"{part}.gz":
             return gzip.open(deb)
-        if name == "data.tar.zst":
-            unpacked = subprocess.run(["dpkg-deb", "--fsys-tarfile", deb.name], check=True, capture_output=True)
-            return BytesIO(unpacked.stdout)
+        if name == f"{part}.zst":
+            option = "--ctrl-tarfile" if part == "control.tar" else "--fsys-tarfile"
+            return BytesIO(subprocess.run(["dpkg-deb", option, deb.name], check=True, capture_output=True).stdout)
         deb.seek(size + size % 2, 1)
-    raise BakeError("this Debian package has no data", where=deb.name, remedy="remove it and run doit once more")
+    raise BakeError(f"this Debian package has no {part}", where=deb.name, remedy="remove it and run doit once more")

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -207,7 +207,7 @@ class Bake:
         proven = audit.prove_payload(contents, self.cluster, role, arch, archives, wanted)
         # Every machine is proven before it is baked; one of them now, so that a hole in all is told before the packing.
         example = next(node for node in self.cluster.nodes if (node.role, node.arch) == (role, arch))
-        audit.prove(proven, self.cluster, example, self.identity(example, sums="0" * 64))
+        audit.prove(proven, self.cluster, example, self.identity(example, sums="0" * 64), lambda: debs)
         self._proofs.pop((role, arch), None)
         payload.write(
             self.cluster,
@@ -254,7 +254,8 @@ class Bake:
 
         sums, proven = self._proven(node.role, node.arch)
         contents = self.identity(node, sums=sums)
-        audit.prove(proven, self.cluster, node, contents)
+        debs = partial(records.read_fetched, self.record("packages", f"{node.role}-{node.arch}"))
+        audit.prove(proven, self.cluster, node, contents, debs)
         tarball = self.payload(node.role, node.arch)
         node_recipe.write(node, contents, self.tarball(node), mtime=self.mtime, payload_tarball=tarball)
         own = manifest.digest_of_sums(contents, "node")

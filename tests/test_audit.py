@@ -13,7 +13,7 @@ import pytest
 from recipes import audit
 from recipes import node as nodes
 from recipes.kit.errors import BakeErrors
-from recipes.kit.model import Cluster, File, Image, LocalVolume, Node, Registry, Role
+from recipes.kit.model import Cluster, Fetched, File, Image, LocalVolume, Node, Registry, Role
 from tests import artifacts, samples
 
 UNIT = "/etc/systemd/system/tried.service"
@@ -58,7 +58,9 @@ def holes(parts: artifacts.Parts, plane: list[File]) -> Holes:
         rest = [file for file in files if file not in mine]
         try:
             proven = audit.prove_payload(rest, cluster, "control-plane", "amd64", images)
-            audit.prove(proven, cluster, cluster.control_planes[0], mine)
+            packed = {file.sha256 for file in rest}
+            debs = [deb for deb in parts.packages if deb.sha256 in packed]
+            audit.prove(proven, cluster, cluster.control_planes[0], mine, lambda: debs)
         except BakeErrors as errors:
             return str(errors)
         return ""
@@ -127,6 +129,24 @@ def test_an_identity_brings_nothing_that_its_payload_brings(path: str, parts: ar
     files = [*identity(cluster, node, parts, tmp_path), File(path, data=b"")]
     with pytest.raises(BakeErrors, match=f"worker-1:{path}: the payload, or a package in it, brings this file too"):
         audit.prove(proven(cluster, node, parts), cluster, node, files)
+
+
+def test_packages_are_unpacked_only_for_what_none_of_them_lists(
+    parts: artifacts.Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = samples.ha()
+    node = cluster.workers[0]
+    payload, files = proven(cluster, node, parts), identity(cluster, node, parts, tmp_path)
+
+    def refuse() -> list[Fetched]:
+        raise AssertionError("it has all it names")
+
+    listed = File("/etc/tried.conf", data=b"/usr/sbin/haproxy\n")
+    audit.prove(payload, cluster, node, [*files, listed], refuse)
+    linked = File("/etc/tried.conf", data=b"/usr/bin/openssl-linked\n")
+    audit.prove(payload, cluster, node, [*files, linked], lambda: parts.packages)
+    with pytest.raises(BakeErrors, match="/usr/bin/openssl-linked is named here"):
+        audit.prove(payload, cluster, node, [*files, linked])
 
 
 @pytest.mark.parametrize("role", ["worker", "control-plane"])
