@@ -30,6 +30,7 @@ from recipes.kit.model import Cluster, Link, Network, Node
 
 LABEL = "cidata"  # cloud-init finds the volume by it
 PAYLOAD_LABEL = "nodebake"  # first boot finds a payload volume by it
+SECTOR = 2048  # bytes
 FIRST_BOOT = "opt/nodebake/first-boot"  # in the overlay common
 _PROGRAM = "/var/lib/nodebake/first-boot"
 _UNIT = "nodebake-first-boot.service"
@@ -141,7 +142,7 @@ def write(cluster: Cluster, node: Node, tarball: Path, target: Path, *, mtime: i
         "first-boot": (overlay.OVERLAYS / "common" / FIRST_BOOT).read_bytes(),
         "node.tar.gz": tarball,
     }
-    return write_iso(contents, target, label=LABEL, mtime=mtime)
+    return write_iso(contents, target, label=LABEL, mtime=mtime, keep=True)
 
 
 def write_payloads(tarballs: Mapping[str, Path], target: Path, *, mtime: int) -> Seed:
@@ -150,23 +151,33 @@ def write_payloads(tarballs: Mapping[str, Path], target: Path, *, mtime: int) ->
     return write_iso(contents, target, label=PAYLOAD_LABEL, mtime=mtime)
 
 
-def write_iso(contents: Mapping[str, bytes | Path], target: Path, *, label: str, mtime: int) -> Seed:
-    """An ISO 9660 volume (interchange level 3, Joliet, Rock Ridge) with these files; the same bytes always."""
-    with replacing(target) as out, ExitStack() as opened, _pinned_clock(mtime):
+def write_iso(
+    contents: Mapping[str, bytes | Path], target: Path, *, label: str, mtime: int, keep: bool = False
+) -> Seed:
+    """An ISO 9660 volume (interchange level 3, Joliet, Rock Ridge) with these files; the same bytes always.
+
+    Tarballs lie behind all else, so that of an older volume the first one's head can stay where it is (keep).
+    """
+    ordered = sorted(contents.items(), key=lambda item: (isinstance(item[1], Path), item[0]))
+    small = sum(isinstance(content, bytes) for content in contents.values())
+    with replacing(target, keep=keep) as out, ExitStack() as opened, _pinned_clock(mtime):
         iso = pycdlib.PyCdlib()
         iso.new(interchange_level=3, joliet=3, rock_ridge="1.09", vol_ident=label, app_ident_str="NODEBAKE")
-        for number, (name, content) in enumerate(sorted(contents.items())):
+        for number, (name, content) in enumerate(ordered):
             size = len(content) if isinstance(content, bytes) else content.stat().st_size
             stream = opened.enter_context(BytesIO(content) if isinstance(content, bytes) else _Direct(content, out))
             mode = 0o100555 if name == "first-boot" else 0o100444
             iso.add_fp(
                 cast(BinaryIO, stream),
                 size,
-                f"/FILE{number:04}.;1",
+                _name(number),
                 rr_name=name,
                 joliet_path=f"/{name}",
                 file_mode=mode,
             )
+        iso.force_consistency()
+        # pycdlib seeks over what is to be zero.
+        out.write(bytes(iso.get_record(iso_path=_name(small)).extent_location() * SECTOR))
         iso.write_fp(cast(BinaryIO, out), blocksize=1 << 40)  # a file's extent is asked for in one piece
         iso.close()
         out.seek(0, 2)
@@ -174,8 +185,13 @@ def write_iso(contents: Mapping[str, bytes | Path], target: Path, *, label: str,
     return Seed(target, size)
 
 
+def _name(number: int) -> str:
+    return f"/FILE{number:04}.;1"
+
+
 class _Direct(FileIO):
-    """A file that pycdlib need not carry: what it asks for goes to where it stands in `out`, inside the kernel.
+    """A file that pycdlib need not carry: what it asks for goes to where it stands in `out`, inside the kernel, as far
+    as it is not there already.
 
     pycdlib takes an answer that is short for the end of the file's extent, pads it and goes on.
     """
@@ -185,7 +201,8 @@ class _Direct(FileIO):
         self._out = out
 
     def read(self, size: int | None = -1, /) -> bytes:
-        archive.copy_range(self, self._out, size or 0)
+        length = size or 0
+        archive.copy_range(self, self._out, length - archive.keep_alike(self, self._out, length))
         return b""
 
 

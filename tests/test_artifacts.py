@@ -743,6 +743,30 @@ def test_a_changed_byte_anywhere_is_refused(thin: Thin, tmp_path: Path) -> None:
         path.write_bytes(data)
 
 
+# -- an artifact of an edited machine ------------------------------------------------------------------------------
+
+
+def test_an_edited_machine_s_artifacts_are_changed_where_they_lie(rebaking: Project) -> None:
+    names = ("nodes/worker-1.tar.gz", "seeds/worker-1.iso")
+    file = rebaking.clusters / "ha.yaml"
+
+    def bake(mac: str) -> list[tuple[int, str]]:
+        text = re.sub(r'(name: worker-1,.*mac: ")[0-9a-f:]+"', rf'\g<1>{mac}"', file.read_text())
+        file.write_text(text)
+        rebaking.doit("node:worker-1")
+        return [((ha(rebaking) / name).stat().st_ino, sha256(ha(rebaking) / name)) for name in names]
+
+    before = [((ha(rebaking) / name).stat().st_ino, sha256(ha(rebaking) / name)) for name in names]
+    first = bake("52:54:00:00:10:a1")  # the files are hard links of another project's, so they are written anew
+    second = bake("52:54:00:00:10:a2")
+    assert [number for number, _ in second] == [number for number, _ in first]
+    for name in names:
+        (ha(rebaking) / name).unlink()
+    fresh = bake("52:54:00:00:10:a2")
+    assert [digest for _, digest in fresh] == [digest for _, digest in second]
+    assert len({*before, *first, *second}) == 6
+
+
 # -- the closure proof on real parts ----------------------------------------------------------------------------------
 
 

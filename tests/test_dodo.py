@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 
+from recipes.kit.atomic import WORTH_KEEPING
 from tests.conftest import REMEMBERED, Project, copy_project
 
 KINDS = ("binaries", "desk", "images", "node", "packages", "payload", "schema", "volume")
@@ -459,6 +460,32 @@ def test_cut_off_anywhere_the_next_run_continues(
     assert made(apart.doit("node:etcd-1")) == left
     assert apart.digests() == before
     assert not list(apart.build.glob("*/.*")), "what a killed run left is gone"
+
+
+@pytest.mark.parametrize("begun", ["nodes/.etcd-1.tar.gz.*", "seeds/.etcd-1.iso.*"], ids=["node", "seed"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+def test_cut_off_while_an_artifact_is_changed_the_next_run_continues(
+    apart: Desk, number: signal.Signals, begun: str
+) -> None:
+    """An edited machine's large artifacts are changed where they lie, without a name meanwhile."""
+    before = apart.digests()
+    folder, _, name = begun.removesuffix(".*").partition("/.")
+    target = apart.build / folder / name
+    assert target.stat().st_size > WORTH_KEEPING
+
+    def another_serial(text: str) -> str:
+        return text.replace("192.168.10.31}", f"192.168.10.31, serial: A{time.monotonic_ns()}}}")
+
+    for _ in range(20):  # it takes a few milliseconds, so that a signal may come too late
+        with edited(apart.file, another_serial):
+            code, told = interrupt(apart, begun, number)
+            if code:
+                break
+    assert code == (-9 if number == signal.SIGKILL else 130), told
+    assert not target.exists(), "nothing half-changed has the name"
+    assert made(apart.doit("node:etcd-1")) == {"node:etcd-1"}
+    assert apart.digests() == before
+    assert not list(apart.build.glob("*/.*"))
 
 
 def test_two_bakes_at_once_do_no_harm(apart: Desk) -> None:

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from recipes import seed
+from recipes.kit import archive, atomic
 from recipes.kit.model import Cluster, Link, Network, Node
 from tests import artifacts, samples
 
@@ -103,6 +104,45 @@ def test_what_the_kernel_copies_is_what_pycdlib_would_write(tmp_path: Path, monk
     assert direct.size == plain.size == direct.path.stat().st_size
 
 
+@pytest.mark.parametrize("old", ["alike", "longer", "shorter", "more before it", "other", "another volume"])
+def test_over_an_older_volume_the_same_bytes_come_out(
+    tmp_path: Path, old: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pycdlib seeks over what is to be zero, so nothing of the older volume may be left there."""
+    head = os.urandom(300_000)
+    tarball, other = tmp_path / "new.tar.gz", tmp_path / "old.tar.gz"
+    small: dict[str, bytes | Path] = {"a": b"small", "z": b"document"}
+
+    def written(path: Path, name: str, **more: bytes | Path) -> Path:
+        return seed.write_iso({**small, "n": path, **more}, tmp_path / name, label="cidata", mtime=1).path
+
+    tarball.write_bytes(head + b"new tail")
+    fresh = written(tarball, "fresh.iso").read_bytes()
+    target = tmp_path / "kept.iso"
+    if old == "other":
+        target.write_bytes(b"\xff" * 900_000)
+    else:
+        tails = {"longer": os.urandom(90_000), "shorter": b""}
+        other.write_bytes(head + tails.get(old, b"\xff\xfftail"))
+        more: dict[str, dict[str, bytes | Path]] = {
+            "more before it": {"b": b"\xff" * 5000},
+            "another volume": {"o": other},
+        }
+        written(other, "kept.iso", **more.get(old, {}))
+    monkeypatch.setattr(atomic, "WORTH_KEEPING", 1)
+    number, copied, copy = target.stat().st_ino, list[int](), archive.copy_range
+
+    def copying(source: Any, out: Any, length: int) -> None:
+        copied.append(length)
+        copy(source, out, length)
+
+    monkeypatch.setattr(archive, "copy_range", copying)
+    made = seed.write_iso({**small, "n": tarball}, target, label="cidata", mtime=1, keep=True)
+    assert target.read_bytes() == fresh and made.size == len(fresh)
+    assert target.stat().st_ino == number
+    assert (sum(copied) < archive.PIECE) == (old in ("alike", "longer", "shorter", "another volume"))
+
+
 def test_an_artifact_over_4_gib_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)  # 4 GiB of zeros need not reach the disk
     size = 4_300_000_000
@@ -115,7 +155,9 @@ def test_an_artifact_over_4_gib_is_whole(tmp_path: Path, monkeypatch: pytest.Mon
         file.write(b"end")
     target = tmp_path / "large.iso"
     try:
-        seed.write_iso({"node.tar.gz": large, "a": b"small", "z": b"last"}, target, label="cidata", mtime=1)
+        (tmp_path / "z").write_bytes(b"last")
+        contents: dict[str, bytes | Path] = {"node.tar.gz": large, "a": b"small", "z": tmp_path / "z"}
+        seed.write_iso(contents, target, label="cidata", mtime=1)
         told = subprocess.run(["bsdtar", "-tvf", target], capture_output=True, text=True, check=True).stdout
         assert str(size) in told
         last = subprocess.run(["bsdtar", "-xOf", target, "z"], capture_output=True, check=True).stdout

@@ -27,6 +27,7 @@ from recipes.kit.model import USERS, File, Origin
 from recipes.kit.progress import Advance
 
 CHUNK = 1 << 20  # bytes read at once
+PIECE = 1 << 16  # bytes compared at once: small enough for the processor's cache
 BLOCK = 4 << 20  # bytes of tar that are compressed as one; part of the format, since it decides the bytes
 LEVEL = 2
 _HEADER = bytes((0x1F, 0x8B, 8, 0, 0, 0, 0, 0, 0, 255))  # gzip: no name, no time, unknown system
@@ -109,10 +110,11 @@ def write_node(
     BakeError as in write_payload().
     """
     ordered = _checked(files)
-    with replacing(target) as out:
+    with replacing(target, keep=payload is not None) as out:
         if payload is not None:
             with payload.open("rb") as head:
-                copy_range(head, out, _head_length(payload))
+                length = _head_length(payload)
+                copy_range(head, out, length - keep_alike(head, out, length))
         with _Member(out, mtime, own) as writer:
             entries = [writer.add(file) for file in ordered]
             writer.put(_END)
@@ -285,6 +287,21 @@ def _head_length(payload: Path) -> int:
             "this is not a payload as it was written", where=payload, remedy="remove it, run doit once more"
         )
     return length
+
+
+def keep_alike(source: IO[bytes] | FileIO, out: IO[bytes], length: int) -> int:
+    """Keeps what out has already of the length bytes that are to come from source, from where both stand: cuts out off
+    where they begin to differ, at the latest behind length, and moves both there. Returns how many bytes were kept."""
+    out.flush()
+    start, to, kept = source.tell(), out.tell(), 0
+    while data := os.pread(source.fileno(), min(PIECE, length - kept), start + kept):
+        if data != os.pread(out.fileno(), len(data), to + kept):
+            break
+        kept += len(data)
+    os.ftruncate(out.fileno(), to + kept)
+    source.seek(start + kept)
+    out.seek(to + kept)
+    return kept
 
 
 def copy_range(source: IO[bytes] | FileIO, out: IO[bytes], length: int) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -11,11 +13,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+WORTH_KEEPING = 16 << 20  # bytes; a smaller file is as quickly written anew
+
 
 @contextmanager
-def replacing(target: Path, *, mode: int = 0o600) -> Iterator[IO[bytes]]:
+def replacing(target: Path, *, mode: int = 0o600, keep: bool = False) -> Iterator[IO[bytes]]:
     """A file beside target that takes its place, synced, when the block ends well; else it is removed.
 
+    keep: a large target is itself taken away from its name, and the block gets it with all that it holds, so that only
+    what differs need be written; the block leaves no byte of it that it does not mean, and cuts off what is behind.
     Names are unique, so two bakes at once do no harm; what a killed bake left is removed after an hour.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -26,7 +32,10 @@ def replacing(target: Path, *, mode: int = 0o600) -> Iterator[IO[bytes]]:
     descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     temporary = Path(name)
     try:
-        with os.fdopen(descriptor, "w+b") as out:
+        if keep and _may_be_taken(target):
+            os.close(descriptor)
+            descriptor = _taken(target, temporary)
+        with os.fdopen(descriptor, "r+b") as out:
             os.fchmod(descriptor, mode)
             yield out
             out.flush()
@@ -35,11 +44,42 @@ def replacing(target: Path, *, mode: int = 0o600) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(target.parent, os.O_RDONLY)
+    _sync(target.parent)
+
+
+def _may_be_taken(target: Path) -> bool:
+    """A large file of ours that has no other name: a copy made of hard links must not change with it."""
     try:
-        os.fsync(folder)
+        known = target.lstat()
+    except OSError:
+        return False
+    ours = stat.S_ISREG(known.st_mode) and known.st_nlink == 1 and known.st_uid == os.geteuid()
+    return ours and known.st_size >= WORTH_KEEPING
+
+
+def _taken(target: Path, temporary: Path) -> int:
+    """target, open, under the temporary name; an empty file where somebody else has it open, and would see it change: a
+    machine may boot from it at this moment."""
+    target.replace(temporary)
+    descriptor = os.open(temporary, os.O_RDWR)
+    try:
+        # The kernel grants a lease for writing only where nobody else has the file open; from now on nobody can.
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError:  # or this file system knows no leases
+        os.close(descriptor)
+        temporary.replace(target)
+        return os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    _sync(target.parent)  # before a byte changes: not even a power cut may find it changed under its name
+    return descriptor
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def write(target: Path, data: bytes, *, mode: int = 0o644) -> None:

@@ -10,10 +10,11 @@ import tarfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from recipes.kit import archive
+from recipes.kit import archive, atomic
 from recipes.kit.errors import BakeError
 from recipes.kit.model import File
 
@@ -124,6 +125,42 @@ def test_a_copy_without_the_kernels_help_is_the_same(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(os, "copy_file_range", refuse)
     assert node(tmp_path, payload, "again.tar.gz").path.read_bytes() == first
+
+
+@pytest.mark.parametrize("old", ["another node's", "another payload's", "longer", "shorter", "damaged", "other"])
+def test_over_an_older_tarball_the_same_bytes_come_out(
+    tmp_path: Path, old: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = [File(f"/opt/{name}", data=os.urandom(200_000)) for name in ("a", "b")]
+    payload = archive.write_payload(noise, tmp_path / "p.tar.gz", mtime=1).path
+    fresh = node(tmp_path, payload).path.read_bytes()
+    head = payload.read_bytes()[: -len(archive.END_MEMBER)]
+    target = tmp_path / "kept.tar.gz"
+    if old == "another payload's":
+        archive.write_payload(noise[1:], tmp_path / "other.tar.gz", mtime=1)
+        node(tmp_path, tmp_path / "other.tar.gz", target.name)
+    else:
+        before = {
+            "another node's": head + b"tail",
+            "longer": head + bytes(90_000),
+            "shorter": head[:-9],
+            "damaged": head[:70_000] + bytes([head[70_000] ^ 1]) + fresh[70_001:],
+            "other": b"\xff" * 900_000,
+        }
+        target.write_bytes(before[old])
+    monkeypatch.setattr(atomic, "WORTH_KEEPING", 1)
+    number, copied, copy = target.stat().st_ino, list[int](), archive.copy_range
+
+    def copying(source: Any, out: Any, length: int) -> None:
+        copied.append(length)
+        copy(source, out, length)
+
+    monkeypatch.setattr(archive, "copy_range", copying)
+    node(tmp_path, payload, "kept.tar.gz")
+    assert target.read_bytes() == fresh
+    assert target.stat().st_ino == number
+    if old in ("another node's", "longer"):
+        assert copied == [0]
 
 
 def test_changed_bytes_are_refused_and_nothing_is_left(tmp_path: Path) -> None:
