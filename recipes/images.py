@@ -378,11 +378,12 @@ def _read(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], name: str) 
 
 
 def _full_name(annotations: dict[str, str]) -> str:
-    """By what name containerd will know it: from its own annotation, else the common one if that is a whole name."""
+    """By what name containerd will know it: from its own annotation, else the common one. It takes either as it stands,
+    and pods ask by whole names, with registry and tag."""
     name = annotations.get(_NAME) or annotations.get(_REF, "")
-    if "/" not in name:
+    if "/" not in name or _normal(name) != name or not re.search("[:@]", name.rpartition("/")[2]):
         raise _Unfit(f"its image has no full name{f' but {name!r}' if name else ''}")
-    return _normal(name)
+    return name
 
 
 def _normal(reference: str) -> str:

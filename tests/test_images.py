@@ -293,6 +293,8 @@ def damaged(members: dict[str, bytes]) -> dict[str, bytes]:
         (oci("q.test.invalid/a:1", "arm64"), [], "for arm64"),
         (docker([]), [], "no name"),
         (oci("latest"), [], "no full name but 'latest'"),
+        (oci("team/app:2"), [], "no full name but 'team/app:2'"),
+        (oci("q.test.invalid/app"), [], "no full name but 'q.test.invalid/app'"),
         (without(docker(["a:1"]), "l/"), [], "layer l/layer.tar is missing"),
         (without(oci("q.test.invalid/a:1"), "index"), [], "neither index.json nor manifest.json"),
         (damaged(oci("q.test.invalid/a:1")), [], "does not have the bytes"),

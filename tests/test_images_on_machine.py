@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
@@ -28,7 +29,9 @@ UNITS = overlay.OVERLAYS / "worker/etc/systemd/system"
 PINNED = "io.cri-containerd.pinned"
 
 
-def image(folder: Path, name: str, names: list[str], *, docker: bool = False, content: str = "") -> Image:
+def image(
+    folder: Path, name: str, names: list[str], *, docker: bool = False, zipped: bool = False, content: str = ""
+) -> Image:
     """A small real image. names: what containerd shall file it as; the first is the reference."""
     layer = packed({"hello": content or name})
     digest = hashlib.sha256(layer).hexdigest()
@@ -55,6 +58,7 @@ def image(folder: Path, name: str, names: list[str], *, docker: bool = False, co
         named = [{**top, "annotations": {"io.containerd.image.name": each}} for each in names]
         index = json.dumps({"schemaVersion": 2, "manifests": named})
         data = packed({**blobs, "index.json": index, "oci-layout": '{"imageLayoutVersion":"1.0.0"}'})
+    data = gzip.compress(data) if zipped else data
     sha256 = hashlib.sha256(data).hexdigest()
     (folder / sha256).write_bytes(data)
     fetched = Fetched(f"{name}.tar", folder / sha256, sha256, len(data), Origin(name, "1", "operator"))
@@ -142,11 +146,13 @@ case "$CONTAINERD_NAMESPACE $1 $2" in
     done
     ;;
 "k8s.io images import")
-    shift $(($# - 1))
-    echo "$(basename "$1")" >>@/imported
-    [ ! -e "@/broken-$(basename "$1")" ] || exit 1
-    while read -r _ archive reference; do
-        if [ "$archive" = "$(basename "$1")" ]; then echo complete >"@/store/$(echo "$reference" | tr / =)"; fi
+    sha256=$(sha256sum)
+    sha256=${sha256%% *}
+    name=$(sed -n "s/^$sha256 \\([^ ]*\\) .*/\\1/p" @/etc/nodebake/images | head -n 1)
+    echo "$name" >>@/imported
+    [ ! -e "@/broken-$name" ] || exit 1
+    while read -r digest _ reference; do
+        if [ "$digest" = "$sha256" ]; then echo complete >"@/store/$(echo "$reference" | tr / =)"; fi
     done <@/etc/nodebake/images
     ;;
 *) exit 9 ;;
@@ -422,14 +428,15 @@ def test_containerd_files_the_operators_images_as_the_list_says(real: Machine, p
         parts.folder, "digest", [f"registry.example/by/digest@{digest}", "registry.example/by/digest:1.0"]
     )
     saved = image(parts.folder, "saved", ["app:1.0"], docker=True)
-    parts.images += [replace(by_digest, reference=given), replace(saved, reference="docker.io/library/app:1.0")]
+    zipped = image(parts.folder, "zipped", ["registry.example/zipped:1"], zipped=True)
+    parts.images += [replace(by_digest, reference=given), replace(saved, reference="docker.io/library/app:1.0"), zipped]
     real.bring(parts)
     code, said = real.run(**environment(real))
     assert code == 0, said
     listed = {line.split()[2] for line in (real.root / "etc/nodebake/images").read_text().splitlines()}
     names = {name for name in ask(real, "ctr", "images", "ls", "-q").split() if not name.startswith("sha256:")}
     assert names == listed
-    assert len(names) == 5
+    assert len(names) == 6
     with soon() as wait:
-        wait(lambda: list(cri(real).values()) == [True] * 5)
+        wait(lambda: list(cri(real).values()) == [True] * 6)
     assert real.run(**environment(real)) == (0, "")

@@ -254,6 +254,7 @@ def test_installed_and_healthy(worker: Baked, well: Callable[..., None]) -> None
     assert {each.name for each in found.endpoints} == {"api-balancer", "flanneld", "kube-proxy", "kubelet"}
     text = "\n".join(report.lines(found, colour=False))
     assert "\nhealthy\n" in text and "problems" not in text
+    assert re.search(r"^  nodebake-images +idle \(ran well\)", text, re.MULTILINE)
     assert json.loads(found.json())["healthy"] is True
 
 
@@ -268,6 +269,8 @@ AGAIN = {"ActiveState": "activating", "SubState": "auto-restart", "Result": "exi
         ("containerd.service", AGAIN, "containerd has failed (exit-code), and is started again"),
         ("containerd.service", {"ActiveState": "failed", "Result": "oom-kill"}, "containerd has failed (oom-kill)"),
         ("containerd.service", {"ActiveState": "inactive", "SubState": "dead"}, "containerd does not run"),
+        ("containerd.service", {"ActiveState": "inactive", "Job": "7"}, "containerd is to be started"),
+        ("containerd.service", {"ActiveState": "inactive", "Job": "0"}, "containerd does not run"),
         ("containerd.service", {"LoadState": "masked", "ActiveState": "inactive"}, "containerd is masked"),
         ("kubelet.service", {"LoadState": "not-found", "ActiveState": "inactive"}, "kubelet is not known to systemd"),
         ("nodebake-images.timer", {"ActiveState": "inactive"}, "nodebake-images.timer does not run"),
@@ -302,16 +305,43 @@ def test_endpoints_of_units_that_run(worker: Baked, well: Callable[..., None]) -
     ]
 
 
-@pytest.mark.parametrize("reachable", [True, False])
-def test_a_kubelet_that_has_not_joined(worker: Baked, well: Callable[..., None], reachable: bool) -> None:
-    answers = {} if reachable else {"api-balancer.service": "it does not answer"}
-    well(dict.fromkeys(["kubelet.service", "kube-proxy.service", "flanneld.service"], STARTING), answers)
-    problems = status.health(worker.system)
-    if reachable:
-        assert problems == ["kubelet: it waits for its certificate to be approved by a control plane"]
-    else:
-        assert problems[0] == "api-balancer: it does not answer"
-        assert problems[1:] == ["kubelet: it has no certificate yet, and no API server answers to ask for one"]
+APPROVAL = "kubelet: it waits for its certificate to be approved by a control plane"
+NO_SERVER = "kubelet: it has no certificate yet, and no API server answers to ask for one"
+
+
+@pytest.mark.parametrize(
+    ("balancer", "answer", "problems"),
+    [
+        ({}, None, [APPROVAL]),
+        ({}, "it does not answer", ["api-balancer: it does not answer", NO_SERVER]),
+        (STARTING, "it does not answer", ["api-balancer is starting", NO_SERVER]),
+        ({"ActiveState": "inactive"}, None, ["api-balancer does not run", NO_SERVER]),
+    ],
+)
+def test_a_kubelet_that_has_not_joined(
+    worker: Baked, well: Callable[..., None], balancer: dict[str, str], answer: str | None, problems: list[str]
+) -> None:
+    """What waits for its certificate is not told as well."""
+    waiting = {
+        "kubelet.service": STARTING,
+        "kube-proxy.service": STARTING,
+        "flanneld.service": {**STARTING, "Job": "7"},
+    }
+    well({**waiting, "api-balancer.service": balancer}, {"api-balancer.service": answer})
+    assert status.health(worker.system) == problems
+
+
+def test_a_kubelet_without_a_way_of_its_own_to_the_api(
+    tmp_path: Path, parts: artifacts.Parts, well: Callable[..., None]
+) -> None:
+    cluster = samples.balanced()
+    baked = bake(tmp_path, cluster, cluster.workers[0], parts)
+    well()
+    [problem] = status.health(baked.system)
+    assert problem == "kubelet: it has no certificate yet: no API server answers, or no control plane has approved it"
+
+
+def test_a_kubelet_without_a_serving_certificate(worker: Baked, well: Callable[..., None]) -> None:
     worker.install()
     (worker.root / SERVER).unlink()
     well()
@@ -330,6 +360,13 @@ def test_without_systemd(worker: Baked, tmp_path: Path, monkeypatch: pytest.Monk
             if text is None
             else "the units: systemctl does not answer: systemd does not run here"
         ]
+
+
+def test_files_of_the_kernel_are_read() -> None:
+    """Which refuses to make room for a large answer."""
+    system = System()
+    assert (system.text("/proc/sys/kernel/pid_max") or "").strip().isdecimal()
+    assert system.unseen == []
 
 
 def test_a_program_that_hangs_is_left(tmp_path: Path) -> None:
@@ -634,7 +671,7 @@ def test_columns_are_aligned(worker: Baked, well: Callable[..., None]) -> None:
     start = text.index("units")
     rows = text[start + 1 : text.index("", start)]
     assert len({row.index("since") for row in rows}) == 1
-    assert "restarted 7 times" in text[start + 1 + [row.split()[0] for row in rows].index("containerd")]
+    assert "restarts: 7" in text[start + 1 + [row.split()[0] for row in rows].index("containerd")]
 
 
 @pytest.mark.parametrize(
@@ -961,6 +998,7 @@ def test_a_part_that_fails_keeps_no_other_back(worker: Baked, tmp_path: Path, mo
     "text",
     [
         "--enable-bootstrap-token-auth=true",
+        "--initial-cluster-token=ha",
         "    --service-account-signing-key-file=/etc/kubernetes/pki/sa.key \\",
         "authentication:\n  anonymous:\n    enabled: false\nauthorization:\n  mode: Webhook\n",
         "sha256:e6a6cec3b6ab5dcec64a278de109fb294da9df758060b2a89a897e85a995ba03",

@@ -36,10 +36,10 @@ def lines(status: Status, *, colour: bool, now: datetime | None = None) -> list[
             "bad" if unit.problem else "good",
             [
                 unit.name.removesuffix(".service"),
-                unit.state,
+                unit.state if unit.problem or not unit.state.startswith("inactive") else "idle (ran well)",
                 _since(unit.since, now),
                 unit.result if unit.result not in ("", "success") else "",
-                f"restarted {unit.restarts} times" if unit.restarts else "",
+                f"restarts: {unit.restarts}" if unit.restarts else "",
             ],
         )
         for unit in status.units

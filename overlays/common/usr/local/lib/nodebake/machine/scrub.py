@@ -20,7 +20,7 @@ _BEARER = re.compile(r"\b(bearer[ \t]+)([\w.~+/=-]+)", re.IGNORECASE)
 _URL = re.compile(r"(\b[a-z][a-z0-9+.-]{0,20}://)([^\s/@:]*:[^\s/@]+)(?=@)", re.IGNORECASE)
 # The name of a value ends so: token, bootstrap-token, "token-secret", AUTH_PASS, PrivateKey.
 _NAMED = re.compile(
-    r"""((?:client-key-data|token|token-secret|secret|passw(?:or)?d|passphrase|auth[_-]?pass|identitytoken
+    r"""((?:client-key-data|(?<!initial-cluster-)token|token-secret|secret|passw(?:or)?d|passphrase|auth[_-]?pass|identitytoken
         |(?:private|preshared|api|access|secret)[_-]?key|(?<=["'])auth)["']?[ \t]*[:=][ \t]*)
         ("(?:[^"\\\n]|\\.)*"|'[^'\n]*'|[^\s"',;&}\]]+)""",
     re.IGNORECASE | re.VERBOSE,

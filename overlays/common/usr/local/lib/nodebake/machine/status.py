@@ -101,7 +101,7 @@ def _health(system: System, wanted: list[str]) -> tuple[list[Unit], list[Endpoin
     joining = _joining(system, asked, answers)
     for unit in asked:
         name = unit.name.removesuffix(".service")
-        if joining and unit.problem == units.STARTING and name in ("kubelet", "kube-proxy", "flanneld"):
+        if joining and unit.problem in (units.STARTING, units.QUEUED) and name in ("kubelet", "kube-proxy", "flanneld"):
             continue  # they wait for the kubelet's certificate, which is told
         if unit.problem:
             problems.append(f"{name} {unit.problem}")
@@ -117,13 +117,15 @@ def _health(system: System, wanted: list[str]) -> tuple[list[Unit], list[Endpoin
 
 def _joining(system: System, asked: list[Unit], answers: list[Endpoint]) -> str | None:
     """What the kubelet waits for, if it has not joined yet."""
-    kubelet = next((unit for unit in asked if unit.name == "kubelet.service"), None)
-    if kubelet is None or system.exists(certificates.CLIENT) is not False:
+    names = {unit.name for unit in asked}
+    if "kubelet.service" not in names or system.exists(certificates.CLIENT) is not False:
         return None
-    answering = [answer for answer in answers if answer.name in ("kube-apiserver", "api-balancer")]
-    if answering and answering[0].problem:
-        return "kubelet: it has no certificate yet, and no API server answers to ask for one"
-    return "kubelet: it waits for its certificate to be approved by a control plane"
+    ways = names & {"kube-apiserver.service", "api-balancer.service"}
+    if not ways:
+        return "kubelet: it has no certificate yet: no API server answers, or no control plane has approved it"
+    if any(answer.problem is None for answer in answers if f"{answer.name}.service" in ways):
+        return "kubelet: it waits for its certificate to be approved by a control plane"
+    return "kubelet: it has no certificate yet, and no API server answers to ask for one"
 
 
 def _not_installed(first_boot: FirstBoot) -> str:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,15 @@ class System:
             if not path.resolve().is_relative_to(self.root.resolve()):
                 self.cannot_see(name, f"the link leads out of {self.root}")
                 return None
-            if not stat.S_ISREG(path.stat().st_mode):
-                self.cannot_see(name, "it is no regular file")
+            kind = path.stat().st_mode
+            if not stat.S_ISREG(kind):
+                if not stat.S_ISDIR(kind):
+                    self.cannot_see(name, "it is no regular file")
                 return None
             with path.open("rb") as file:
                 if tail:
                     file.seek(max(0, path.stat().st_size - limit))
-                return file.read(limit)
+                return _read(file, limit)
         except FileNotFoundError:
             return None
         except PermissionError:
@@ -95,6 +98,14 @@ class System:
         except (OSError, RuntimeError):
             return []
         return [f"/{name}" for name in found]
+
+
+def _read(file: BinaryIO, limit: int) -> bytes:
+    """At most limit bytes. In pieces: the kernel makes room for all that is asked for of a file in /proc."""
+    read = b""
+    while chunk := file.read(min(1 << 16, limit - len(read))):
+        read += chunk
+    return read
 
 
 def run(

@@ -12,10 +12,10 @@ from machine.system import System, run
 _MANIFEST = "/opt/nodebake/manifest"
 _WANTED = re.compile(r"^l \d+ etc/systemd/system/[\w.-]+\.target\.wants/(\S+) -> ", re.MULTILINE)
 FIRST_BOOT = "nodebake-first-boot.service"
-STARTING = "is starting"
+STARTING, QUEUED = "is starting", "is to be started"
 _PROPERTIES = (
     "Id,LoadState,ActiveState,SubState,Type,RemainAfterExit,Result,NRestarts,"
-    "StateChangeTimestamp,InactiveEnterTimestamp,ConditionResult,ConditionTimestamp"
+    "StateChangeTimestamp,InactiveEnterTimestamp,ConditionResult,ConditionTimestamp,Job"
 )
 
 
@@ -85,7 +85,8 @@ def _problem(properties: Mapping[str, str]) -> str | None:
             return None
     if sub == "auto-restart" or active == "failed":
         return f"has failed ({get('Result', '')})" + (", and is started again" if sub == "auto-restart" else "")
-    return {"activating": STARTING, "deactivating": "is stopping"}.get(active, "does not run")
+    idle = QUEUED if get("Job", "0") not in ("", "0") else "does not run"
+    return {"activating": STARTING, "deactivating": "is stopping"}.get(active, idle)
 
 
 def _moment(text: str) -> datetime | None:
