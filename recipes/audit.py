@@ -16,7 +16,7 @@ import subprocess
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property, lru_cache
+from functools import cache, lru_cache
 from io import BufferedIOBase, BufferedReader, BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -46,6 +46,7 @@ _UNITS = "/etc/systemd/system"
 _ARCHIVES = re.compile(r"/opt/nodebake/[0-9a-f]+/images/[^/]+")
 _PROGRAMS = re.compile(r"/opt/nodebake/[0-9a-f]+/(?:bin|cni)/[^/]+")
 _DEBS = re.compile(r"/opt/nodebake/[0-9a-f]+/packages/[^/]+\.deb")
+_SMALL = 1 << 16  # bytes of a package that is quickly unpacked; small ones are made of links (/usr/bin/python3)
 _NAME = "io.containerd.image.name"
 _MERGED = {f"/{name}": f"usr/{name}" for name in ("bin", "sbin", "lib")}
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -70,7 +71,7 @@ class Ask:
 class Proven:
     """A payload as far as it can be proven without a machine: what it brings, and what it leaves to each machine."""
 
-    # Paths of files and folders, those that its Debian packages list too; full names of images.
+    # Paths of files and folders, those that its Debian packages list too (of small ones all); full names of images.
     there: frozenset[str]
     links: Mapping[str, str]  # path -> target
     asks: tuple[Ask, ...]
@@ -146,7 +147,8 @@ def _brought(files: Sequence[File]) -> Proven:
         if file.path.startswith("/etc/tmpfiles.d/"):  # what systemd-tmpfiles makes there
             there.update(path.decode() for path in _MADE.findall(file.data or b""))
         elif file.source is not None and _DEBS.fullmatch(file.path):
-            for path in _deb_listed(file.source, file.sha256):
+            small = file.source.stat().st_size <= _SMALL
+            for path in (_deb_members if small else _deb_listed)(file.source, file.sha256):
                 there.update((path, *_folders(path)))
         elif file.source is not None and _ARCHIVES.fullmatch(file.path):
             there |= _archive(file.source, file.sha256).names
@@ -175,7 +177,7 @@ class _Machine:
 
     def met(self, ask: Ask) -> bool:
         if ask.reader is None:
-            return any(map(self.has, ask.any_of)) or any(self._place(name) in self._unpacked for name in ask.any_of)
+            return any(map(self.has, ask.any_of)) or self._unlisted(set(map(self._place, ask.any_of)))
         read = self._files.get(self.resolve(ask.any_of[0]))
         return read is None or bool(read.mode & 0o004) or read.owner == ask.reader
 
@@ -198,10 +200,11 @@ class _Machine:
         found = self.resolve(posixpath.normpath(path))
         return self._place(_folder(found)) if _is_pattern(found) else found
 
-    @cached_property
-    def _unpacked(self) -> frozenset[str]:
-        """All that the packages contain, links too: it takes seconds, so it comes last."""
-        return frozenset().union(*(_deb_members(deb.path, deb.sha256) for deb in self._debs()))
+    def _unlisted(self, paths: Set[str]) -> bool:
+        """Whether a package contains one of the paths though it does not list it (a link): the smallest are unpacked
+        first, for all of them take seconds."""
+        debs = sorted(self._debs(), key=lambda deb: deb.size) if paths else ()
+        return any(not paths.isdisjoint(_deb_members(deb.path, deb.sha256)) for deb in debs)
 
     def resolve(self, path: str) -> str:
         """The path behind the artifact's own links and Debian's merged /usr."""

@@ -144,6 +144,10 @@ def test_packages_are_unpacked_only_for_what_none_of_them_lists(
     listed = File("/etc/tried.conf", data=b"/usr/sbin/haproxy\n")
     audit.prove(payload, cluster, node, [*files, listed], refuse)
     linked = File("/etc/tried.conf", data=b"/usr/bin/openssl-linked\n")
+    audit.prove(payload, cluster, node, [*files, linked], refuse)  # in a small package, of which all is known
+    monkeypatch.setattr(audit, "_SMALL", 0)
+    payload = proven(cluster, node, parts)
+    audit.prove(payload, cluster, node, [*files, listed], refuse)
     audit.prove(payload, cluster, node, [*files, linked], lambda: parts.packages)
     with pytest.raises(BakeErrors, match="/usr/bin/openssl-linked is named here"):
         audit.prove(payload, cluster, node, [*files, linked])
