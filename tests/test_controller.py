@@ -400,6 +400,7 @@ def test_the_queue_holds_a_name_once_and_brings_the_sooner_time() -> None:
     queue.add("b", 5)
     queue.add("b")
     assert queue.take() == "b"
+    assert time.monotonic() - started < 3
 
 
 class Scripted:
@@ -860,6 +861,11 @@ def test_what_comes_of_a_token_after_its_time(plane: Stand) -> None:
         assert (decision, "worker-2 was to be installed by" in told) == ("Denied", True)
         plane.applied(2)
         assert plane.brought() == {"control-1", "worker-2", "worker-3"}, "none is brought any more"
+    with plane.daemon(plane.artifact(1)) as running:  # whose Secrets say that there is time
+        running.until("the cluster is at generation 2")
+        running.until("inventory: the cluster holds generation 2")
+        time.sleep(1)
+        assert plane.brought() == {"control-1", "worker-2", "worker-3"}
 
 
 def test_a_denied_machine_gets_nothing_and_loses_its_token(plane: Stand) -> None:
@@ -1204,7 +1210,10 @@ def test_nodes_are_labelled_and_storage_is_taken_back(plane: Stand) -> None:
         eventually(lambda: plane.labels("control-1") == own, "it is labelled")
         again = plane.admin.call("GET", f"{inventory.NODES}/worker-1")["metadata"]["resourceVersion"]
         assert version == again, "nothing is written where nothing differs"
+        plane.ready("worker-1")
         plane.register("stranger")
+        time.sleep(1)
+        assert running.said.count("node worker-1: labelled") == 1
         running.process.kill()
     with plane.daemon(plane.artifact(2)):
         eventually(lambda: inventory.STORAGE not in plane.labels("worker-1"), "storage is taken back", 60)

@@ -124,12 +124,7 @@ class Approver:
         }
         status = item.get("status", {})
         decided = {**item, "status": {**status, "conditions": [*(status.get("conditions") or ()), condition]}}
-        try:
-            self._api.call("PUT", f"{REQUESTS}/{request.name}/approval", decided)
-        except Refused as refused:
-            if refused.code in (404, 409):  # decided by another, or changed: then the mirror brings it again
-                return
-            raise
+        self._api.call("PUT", f"{REQUESTS}/{request.name}/approval", decided)  # 409: another one has decided
         say(f"{_title(request)}: {'approved' if approved else 'refused'}: {verdict.why}")
 
 

@@ -42,10 +42,13 @@ class Labeller:
     def __init__(self, api: Api, inventory: Callable[[], Inventory | None]) -> None:
         self.work = Work("labels")
         self._api, self._inventory = api, inventory
+        self._sent: dict[str, tuple[Seen, dict[str, str | None]]] = {}  # what was patched last, and upon which state
 
     def node_changed(self, name: str, before: Seen | None, after: Seen | None) -> None:
         if after is not None:
             self.work.add(name)
+        else:
+            self._sent.pop(name, None)
 
     def look(self, nodes: Mirror[Seen], name: str) -> None:
         inventory, node = self._inventory(), nodes.get(name)
@@ -53,13 +56,15 @@ class Labeller:
         if kubelet is None or node is None:
             return
         patch = differing(node.labels, kubelet.labels)
-        if not patch:
-            return
+        sent = self._sent.get(name)
+        if not patch or (sent is not None and sent[0] is node and sent[1] == patch):
+            return  # what was sent comes back through the mirror
         try:
             self._api.call("PATCH", f"{NODES}/{name}", {"metadata": {"labels": patch}}, kind=MERGE)
         except Refused as refused:
             if refused.code != 404:
                 raise
         else:
+            self._sent[name] = (node, patch)
             changes = [f"{key}={value}" if value is not None else f"{key} removed" for key, value in patch.items()]
             say(f"node {name}: labelled {', '.join(changes)}")
