@@ -10,6 +10,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -685,6 +686,12 @@ def test_a_closed_pipe_is_no_mistake(worker: Baked) -> None:
     command = f"{NODEBAKE} status --root {worker.root} | head -n 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert (done.stdout.count("\n"), done.stderr) == (1, "")
+
+
+def test_a_server_that_hangs_up_does_not_end_it(worker: Baked) -> None:
+    """HAProxy does so when no API server is there: a write to that connection must be an error, not a signal."""
+    program.main(["health"])
+    assert signal.getsignal(signal.SIGPIPE) == signal.SIG_IGN
 
 
 def test_apply_hands_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

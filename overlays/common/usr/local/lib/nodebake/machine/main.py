@@ -18,7 +18,14 @@ FIRST_BOOT = "/opt/nodebake/first-boot"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `nodebake status | head` is no mistake
+    try:
+        return _run(arguments)
+    except BrokenPipeError:  # `nodebake status | head` is no mistake
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNHEALTHY
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -31,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _status(system, as_json=given.json)
     if given.command == "health":
         problems = status.health(system)
-        print(*problems, sep="\n", end="\n" if problems else "")
+        print(*problems, sep="\n", end="\n" if problems else "", flush=True)
         return UNHEALTHY if problems else HEALTHY
     if given.command == "diagnose":
         return _diagnose(system, given.output)
@@ -64,9 +71,9 @@ def _parser() -> argparse.ArgumentParser:
 def _status(system: System, *, as_json: bool) -> int:
     found = status.gather(system)
     if as_json:
-        print(found.json())
+        print(found.json(), flush=True)
     else:
-        print(*report.lines(found, colour=report.may_colour()), sep="\n")
+        print(*report.lines(found, colour=report.may_colour()), sep="\n", flush=True)
     return HEALTHY if found.healthy else UNHEALTHY
 
 
