@@ -5,6 +5,8 @@ Arguments: cluster=FILE  secrets=DIR  source=release|modules  mirror=URL-or-DIR 
 
 from __future__ import annotations
 
+import atexit
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -179,27 +181,57 @@ def task_schema() -> Task:
     }
 
 
+def task__lab() -> Task:
+    """tell what a lab lacks on this host, before a bake that may take long"""
+    return {"actions": [action(lab_check)]}
+
+
 def task_lab() -> Task:
     """boot what was baked on this host, in containers (root); images=DIR: more image archives to load"""
-    return {"actions": [action(lab_up)], "task_dep": ["node", "volume", "desk"]}
+    return {"actions": [action(lab_up)], "task_dep": ["_lab", "node", "volume", "desk"]}
 
 
 def task_lab_down() -> Task:
-    """end what `doit lab` booted"""
+    """end what `doit lab` booted (root)"""
     return {"basename": "lab:down", "actions": [action(lab_down)]}
+
+
+def lab_images() -> Path | None:
+    images = argument("images")
+    return Path(images) if images else None
+
+
+def lab_check() -> None:
+    from tests.lab import trial
+
+    atexit.register(give_back)
+    trial.check(bake().cluster, lab_images())
 
 
 def lab_up() -> None:
     from tests.lab import trial
 
-    images = argument("images")
-    trial.up(bake().folder, bake().cluster.file, Path(images) if images else None)
+    trial.up(bake().folder, bake().cluster, lab_images())
 
 
 def lab_down() -> None:
     from tests.lab import trial
 
     trial.down(bake().folder)
+
+
+def give_back() -> None:
+    """Under sudo: what root wrote is the person's, as what they bake themselves. Not build/lab: the machines' disks."""
+    person, group = (int(os.environ.get(name, "0")) for name in ("SUDO_UID", "SUDO_GID"))
+    if os.geteuid() != 0 or person == 0:
+        return
+    for top in (graph.BUILD, bake().where):
+        for folder, folders, files in os.walk(top):
+            if Path(folder) == graph.BUILD and "lab" in folders:
+                folders.remove("lab")
+            for path in (Path(folder), *(Path(folder, file) for file in files)):
+                if path.lstat().st_uid == 0:
+                    os.chown(path, person, group, follow_symlinks=False)
 
 
 def info(names: list[str]) -> None:

@@ -6,15 +6,18 @@ through one port of the loopback: a small program inside of the lab's network ha
 
 from __future__ import annotations
 
+import gzip
 import os
-import selectors
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,57 +25,80 @@ import yaml
 
 from recipes.kit import inventory
 from recipes.kit.atomic import write
+from recipes.kit.errors import BakeError
+from recipes.kit.model import Cluster
 from recipes.records import read_fetched
 from tests.lab import checks, host
+from tests.lab.checks import Clock
 from tests.lab.host import LabError
 from tests.lab.lab import Lab
-from tests.lab.machine import wait
+from tests.lab.machine import WentOff, wait
 
-MINUTES = 15  # until it is Ready at the latest
+ROOT = Path(__file__).parents[2]
+MINUTES = 15  # until all nodes are Ready at the latest
+ARCHIVES = (".tar", ".tar.gz", ".tgz")
+# What first boot says before it ends in vain: the reason, and the remedy below it.
+_REFUSED = re.compile(r"first-boot: ([^\r\n]+)\r*\n[^\r\n]*?(  -> [^\r\n]+)")
 
 
-def up(build: Path, cluster_file: Path, images: Path | None) -> None:
-    """Starts a trial and waits until its nodes are Ready; tells how to reach it. Raises LabError."""
+def check(cluster: Cluster, images: Path | None) -> None:
+    """Raises LabError where this host cannot run this lab, or images are asked for and are not there."""
     host.prepare()
+    if other := [f"{node.name} ({node.arch})" for node in cluster.nodes if node.arch != "amd64"]:
+        raise LabError(
+            f"The lab's machines are amd64, these are not: {', '.join(other)}",
+            where=cluster.file,
+            remedy="Say cluster= with another cluster file.",
+        )
+    if images is not None:
+        archives(images)
+
+
+def archives(folder: Path) -> list[Path]:
+    """The image archives in a folder. Raises LabError where there is none."""
+    if not folder.is_dir():
+        raise LabError("There is no such folder", where=folder, remedy="Say images= with a folder of image archives.")
+    found = sorted(path for path in folder.iterdir() if path.name.endswith(ARCHIVES))
+    if not found:
+        kinds = ", ".join(f"*{ending}" for ending in ARCHIVES)
+        raise LabError(f"No image archive lies there ({kinds})", where=folder, remedy="Put some there (docker save).")
+    return found
+
+
+def up(build: Path, cluster: Cluster, images: Path | None) -> None:
+    """Starts a trial and waits until its nodes are Ready; tells how to reach it. Raises LabError."""
+    check(cluster, images)
     folder = build / "lab"
     if _running(folder) is not None:
-        raise LabError("This cluster's lab is up already", where=folder, remedy="Use it, or end it: doit lab:down.")
+        raise LabError("This cluster's lab is up already", where=folder, remedy="Use it, or end it: doit lab:down")
     folder.mkdir(parents=True, exist_ok=True)
-    words = [build, cluster_file, *([images] if images else [])]
-    command = [sys.executable, "-m", "tests.lab.trial", *map(str, words)]
+    _forget(folder)  # of one that was killed
+    words = [build, cluster.file, *([images] if images else [])]
+    command = [sys.executable, "-m", "tests.lab.trial", *(os.fspath(word.absolute()) for word in words)]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            cwd=Path(__file__).parents[2],
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=ROOT
         )
-    shown = 0
     try:
-        while not (folder / "ready").exists():
-            ended = process.poll() is not None
-            told = (folder / "log").read_text(errors="replace")
-            sys.stdout.write(told[shown:])
-            sys.stdout.flush()
-            shown = len(told)
-            if ended:
-                raise LabError("The lab did not come up", where=folder / "log", remedy="Read that, and what it names.")
-            time.sleep(0.5)
+        with (folder / "log").open(errors="replace") as log_so_far:
+            while True:
+                ended, ready = process.poll() is not None, (folder / "ready").exists()
+                sys.stdout.write(log_so_far.read())
+                sys.stdout.flush()
+                if ended:
+                    raise LabError("The lab did not come up", where=folder / "log", remedy="See what it says above.")
+                if ready:
+                    break
+                time.sleep(0.3)
     except KeyboardInterrupt:
         process.terminate()
         process.wait()
+        print("The lab is down.")
         raise
-    print(_how(folder))
-
-
-def _how(folder: Path) -> str:
-    return f"""The cluster is up. It needs nothing of this host but memory, and it reaches nothing outside.
-
-  {folder}/kubectl --kubeconfig {folder}/kubeconfig get nodes
-
-  doit lab:down    ends it, and removes its machines' disks"""
+    here = Path(os.path.relpath(folder))
+    command = [f"{here}/kubectl", f"--kubeconfig={here}/kubeconfig", "get", "nodes"]
+    nodes = host.run(command, timeout=30).stdout
+    print(f"\n{' '.join(command)}\n{nodes}\n`doit lab:down` ends it, and removes its machines' disks.")
 
 
 def down(build: Path) -> None:
@@ -80,10 +106,14 @@ def down(build: Path) -> None:
     folder = build / "lab"
     pid = _running(folder)
     if pid is None:
-        print(f"No lab of this cluster is up ({folder}).")
+        _forget(folder)  # of one that was killed
+        print("No lab of this cluster is up.")
         return
-    os.kill(pid, signal.SIGTERM)
-    wait(lambda: _running(folder) is None, 60, "the lab has ended")
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except PermissionError:
+        raise LabError("The lab is root's", remedy="Run it with sudo.") from None
+    wait(lambda: _running(folder) is None, 120, "the lab has ended")
     print("The lab is down.")
 
 
@@ -94,58 +124,95 @@ def _running(folder: Path) -> int | None:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except (OSError, ValueError):
         return None
-    return pid if b"tests.lab.trial" in words and os.fsencode(folder.parent) in words else None
+    return pid if b"tests.lab.trial" in words and os.fsencode(folder.parent.absolute()) in words else None
+
+
+def _forget(folder: Path) -> None:
+    for name in ("ready", "pid", "kubeconfig"):
+        (folder / name).unlink(missing_ok=True)
 
 
 # ---- the process that holds the lab
 
 
 def hold(build: Path, cluster_file: Path, images: Path | None) -> None:
+    """From the first machine's power-on until SIGTERM."""
     folder = build / "lab"
-    (folder / "ready").unlink(missing_ok=True)
+    signal.signal(signal.SIGTERM, _end)
     write(folder / "pid", f"{os.getpid()}\n".encode())
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    cluster = inventory.load(cluster_file, now=datetime.now(UTC))
-    with Lab(build, cluster) as lab, socket.create_server(("127.0.0.1", 0)) as server:
-        for node in cluster.nodes:
-            say(f"switching on {node.name}")
-            machine = lab.machine(node.name)
-            if node.media == "thin":
-                machine.insert(lab.payload_volume)
-            machine.power_on()
-        say("waiting until all nodes are Ready")
-        clock = checks.wait_ready(lab, MINUTES * 60)
-        say(", ".join(f"{what} after {seconds} s" for what, seconds in clock.reached.items()))
-        for archive in sorted(images.glob("*.tar*")) if images else ():
-            load(lab, archive)
-        pass_on(lab, server)
-        write(folder / "kubeconfig", kubeconfig(build, server.getsockname()[1]), mode=0o600)
-        obtained = read_fetched(build / "binaries" / "amd64.json")
-        shutil.copyfile(next(file.path for file in obtained if file.name == "kubectl"), folder / "kubectl")
-        (folder / "kubectl").chmod(0o755)
-        write(folder / "ready", b"")
-        try:
+    try:
+        cluster = inventory.load(cluster_file, now=datetime.now(UTC))
+        say("preparing the lab (the first one on this host makes the machines' disk: about a minute)")
+        with Lab(build, cluster) as lab:
+            switch_on(lab)
+            for archive in archives(images) if images else ():
+                load(lab, archive)
+            write(folder / "kubeconfig", kubeconfig(build, pass_on(lab)), mode=0o600)
+            kubectl = next(file for file in read_fetched(build / "binaries" / "amd64.json") if file.name == "kubectl")
+            write(folder / "kubectl", kubectl.path.read_bytes(), mode=0o755)
+            write(folder / "ready", b"")
             while lab.inside.alive:
                 time.sleep(1)
-        finally:
-            for name in ("ready", "pid", "kubeconfig"):
-                (folder / name).unlink(missing_ok=True)
+    finally:
+        _forget(folder)
+
+
+def _end(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut cleaning up short
+    sys.exit(0)
 
 
 def say(text: str) -> None:
     print(text, flush=True)
 
 
+def switch_on(lab: Lab) -> None:
+    """All machines, until all nodes are Ready; tells what is reached, and what first boot refuses. Raises LabError."""
+    clock = Clock()
+    for node in lab.cluster.nodes:
+        say(f"switching on {node.name}")
+        machine = lab.machine(node.name)
+        if node.media == "thin":
+            machine.insert(lab.payload_volume)
+        machine.power_on()
+    wanted = {node.name for node in lab.cluster.kubelets}
+    reached: set[str] = set()
+    refused: set[tuple[str, str]] = set()
+
+    def all_ready() -> bool:
+        time.sleep(0.5)  # asking costs as well
+        for machine in lab.machines.values():
+            if not machine.is_on:
+                raise WentOff(f"It went off\n{machine.console[-2000:]}", where=machine.name)
+            for what, remedy in _REFUSED.findall(machine.console):
+                if (machine.name, what) not in refused:
+                    refused.add((machine.name, what))
+                    say(f"{machine.name} refuses, and will try again: {what}\n{remedy}")
+        ready = checks.ready_nodes(lab)
+        clock.mark("now")
+        for what in [*(() if reached else ("the API",)), *sorted(ready - reached)]:
+            say(f"{what} is {'Ready' if what in ready else 'there'} after {clock.reached['now']} s")
+        reached.update(ready, {"the API"})
+        return ready >= wanted
+
+    wait(all_ready, MINUTES * 60, "all nodes are Ready")
+
+
 def load(lab: Lab, archive: Path) -> None:
-    """An image archive into every node's containerd."""
+    """An image archive into every node's containerd, pinned: there is no registry that would give it again."""
     for node in lab.cluster.kubelets:
         machine = lab.machine(node.name)
         say(f"loading {archive.name} on {node.name}")
         place = f"/var/lib/{archive.name}"
         target = Path(f"/proc/{machine.first}/root{place}")
-        shutil.copyfile(archive, target)
+        with (
+            gzip.open(archive) if archive.name.endswith("gz") else archive.open("rb") as source,
+            target.open("wb") as out,
+        ):
+            shutil.copyfileobj(source, out, 1 << 20)
         try:
-            machine.run("/opt/nodebake/current/bin/ctr", "--namespace=k8s.io", "images", "import", place, timeout=600)
+            ctr = ("/opt/nodebake/current/bin/ctr", "--namespace=k8s.io", "images", "import", "--local")
+            machine.run(*ctr, "--label=io.cri-containerd.pinned=pinned", place, timeout=600)
         finally:
             target.unlink()
 
@@ -153,65 +220,70 @@ def load(lab: Lab, archive: Path) -> None:
 def kubeconfig(build: Path, port: int) -> bytes:
     """The desk's admin.conf, for the port on the loopback."""
     config = yaml.safe_load((build / "admin.conf").read_text())
-    first = config["contexts"][0]["context"]["cluster"]
-    (cluster,) = (each for each in config["clusters"] if each["name"] == first)
+    context = config["contexts"][0]
+    (cluster,) = (each for each in config["clusters"] if each["name"] == context["context"]["cluster"])
     cluster["cluster"]["server"] = f"https://127.0.0.1:{port}"
-    kept = {"clusters": [cluster], "contexts": config["contexts"][:1]}
-    text: str = yaml.safe_dump({**config, **kept, "current-context": config["contexts"][0]["name"]})
+    kept = {"clusters": [cluster], "contexts": [context], "current-context": context["name"]}
+    text: str = yaml.safe_dump({**config, **kept})
     return text.encode()
 
 
-def pass_on(lab: Lab, server: socket.socket) -> None:
-    """Starts the program that has the host's socket and connects to the API servers."""
+def pass_on(lab: Lab) -> int:
+    """Starts the program that takes connections on the host's loopback and passes them on in the lab; the port."""
     planes = [str(node.address) for node in lab.cluster.control_planes]
-    program = [sys.executable, "-m", "tests.lab.trial", "--pass-on", str(server.fileno()), *planes]
-    subprocess.Popen(
-        [os.fspath(word) for word in lab.inside.command(program)],
-        stdin=subprocess.DEVNULL,
-        pass_fds=[server.fileno()],
-        cwd=Path(__file__).parents[2],
-    )
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as server:
+        program = [sys.executable, "-m", "tests.lab.trial", "--pass-on", str(server.fileno()), *planes]
+        command = [os.fspath(word) for word in lab.inside.command(program)]
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[server.fileno()], cwd=ROOT)
+        port: int = server.getsockname()[1]
+    return port
 
 
 def relay(listening: int, planes: Sequence[str]) -> None:
     """Passes each connection on to the first API server that takes it."""
-    with socket.socket(fileno=listening) as server, selectors.DefaultSelector() as selector:
-        selector.register(server, selectors.EVENT_READ)
+    with socket.socket(fileno=listening) as server:
         while True:
-            for key, _ in selector.select():
-                if key.fileobj is server:
-                    client, _ = server.accept()
-                    if (behind := _connected(planes)) is None:
-                        client.close()
-                        continue
-                    selector.register(client, selectors.EVENT_READ, behind)
-                    selector.register(behind, selectors.EVENT_READ, client)
-                    continue
-                source, target = key.fileobj, key.data
-                assert isinstance(source, socket.socket)
-                try:
-                    data = source.recv(1 << 16)
-                    target.sendall(data)
-                except OSError:
-                    data = b""
-                if not data:
-                    for end in (source, target):
-                        selector.unregister(end)
-                        end.close()
-                    break  # what else was ready may be the other end of this one
+            client, _ = server.accept()
+            threading.Thread(target=_relayed, args=(client, planes), daemon=True).start()
+
+
+def _relayed(client: socket.socket, planes: Sequence[str]) -> None:
+    with client:
+        if (behind := _connected(planes)) is None:
+            return
+        with behind:
+            back = threading.Thread(target=_pumped, args=(behind, client), daemon=True)
+            back.start()
+            _pumped(client, behind)
+            back.join()
+
+
+def _pumped(source: socket.socket, target: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+    with suppress(OSError):
+        target.shutdown(socket.SHUT_WR)
 
 
 def _connected(planes: Sequence[str]) -> socket.socket | None:
     for plane in planes:
-        try:
-            return socket.create_connection((plane, 6443), timeout=3)
-        except OSError:
-            continue
+        with suppress(OSError):
+            behind = socket.create_connection((plane, 6443), timeout=3)
+            behind.settimeout(None)  # a watch may be silent for hours
+            return behind
     return None
 
 
+def main(words: Sequence[str]) -> None:
+    if words[0] == "--pass-on":
+        relay(int(words[1]), words[2:])
+        return
+    try:
+        hold(Path(words[0]), Path(words[1]), Path(words[2]) if words[2:] else None)
+    except BakeError as error:
+        sys.exit(f"ERROR: {error}")
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "--pass-on":
-        relay(int(sys.argv[2]), sys.argv[3:])
-    else:
-        hold(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]) if len(sys.argv) > 3 else None)
+    main(sys.argv[1:])
