@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import itertools
 import json
 import os
@@ -127,6 +128,10 @@ SERVING_REQUEST = replace(
     usages=frozenset(("digital signature", "server auth")),
     pem=request_pem("system:node:worker-1", sans=SERVED),
 )
+
+
+def packed(**changes: Any) -> str:
+    return base64.b64encode(gzip.compress(document(samples.ha(), **changes))).decode()
 
 
 def verdict(
@@ -338,6 +343,11 @@ def test_the_inventory_goes_through_a_config_map() -> None:
         {"binaryData": {}},
         {"binaryData": {"inventory.json.gz": "x"}},
         {"binaryData": {"inventory.json.gz": base64.b64encode(b"no gzip").decode()}},
+        {"binaryData": {"inventory.json.gz": base64.b64encode(gzip.compress(b"[]")).decode()}},
+        {"binaryData": {"inventory.json.gz": base64.b64encode(gzip.compress(b"[]" * 99)[:-12]).decode()}},
+        {"binaryData": {"inventory.json.gz": base64.b64encode(gzip.compress(b"")[:10] + b"x" * 99).decode()}},
+        {"binaryData": {"inventory.json.gz": packed(installBy="2027-02-21T12:00:00")}},
+        {"binaryData": {"inventory.json.gz": packed(approval="anybody")}},
         {"data": {"generation": "7", "applied": "soon"}, "binaryData": {"inventory.json.gz": ""}},
     ],
 )
@@ -936,6 +946,19 @@ def test_an_older_artifact_applies_nothing_and_judges_by_the_newer_inventory(pla
         plane.ask("denied-by-now", kubelets_request(plane, "worker-1", KEY), node="worker-1")
         assert plane.outcome("denied-by-now") == ("Denied", "worker-1 is denied")
     assert plane.published() == held, "nothing was written"
+
+
+def test_a_control_plane_whose_artifact_is_broken_judges_by_the_clusters_inventory(plane: Stand) -> None:
+    with plane.daemon(plane.artifact(1)) as running:
+        plane.applied(1)
+        eventually(lambda: "worker-1" in plane.brought(), "it has a token")
+        running.process.kill()
+    broken = plane.artifact(2)
+    (broken / "objects" / "90-tokens.yaml").write_text("[]")
+    with plane.daemon(broken) as running:
+        running.until(r"cluster objects: the artifact in \S+ cannot be read: TypeError; trying again")
+        assert plane.can_ask("of-broken", "worker-1")
+        assert plane.outcome("of-broken")[0] == "Approved"
 
 
 def test_a_worker_is_added_to_a_running_cluster_by_two_objects(plane: Stand) -> None:

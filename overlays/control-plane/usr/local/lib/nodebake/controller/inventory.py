@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -78,11 +79,14 @@ def parse(document: bytes) -> Inventory:
     approval = told["approval"]
     if approval not in ("inventory", "group"):
         raise ValueError(f"approval is {approval!r}")
+    install_by = datetime.fromisoformat(told["installBy"])
+    if install_by.tzinfo is None:
+        raise ValueError("installBy has no time zone")
     kubelets = [_kubelet(one) for one in told["kubelets"]]
     return Inventory(
         generation=int(told["generation"]),
         approval="group" if approval == "group" else "inventory",
-        install_by=datetime.fromisoformat(told["installBy"]),
+        install_by=install_by,
         kubelets={kubelet.name: kubelet for kubelet in kubelets},
         by_token={kubelet.token_id: kubelet for kubelet in kubelets},
         document=document,
@@ -130,7 +134,7 @@ def published(config_map: Json) -> Published:
         inventory = parse(gzip.decompress(base64.b64decode(config_map["binaryData"][_MEMBER])))
         if int(config_map["data"]["generation"]) != inventory.generation:
             raise ValueError("it says another generation than it holds")
-    except (ValueError, KeyError, TypeError, OSError, EOFError):
+    except (ValueError, KeyError, TypeError, OSError, EOFError, zlib.error):
         inventory = None
     applied = str(config_map.get("data", {}).get("applied", ""))
     version = str(config_map["metadata"]["resourceVersion"])

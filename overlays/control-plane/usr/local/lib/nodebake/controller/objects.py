@@ -80,7 +80,11 @@ class Applier:
         while True:
             self._wake.clear()
             try:
-                self._refresh()
+                try:
+                    self._refresh()
+                except (OSError, Expected):
+                    self._seen()  # all the same: one can judge by the cluster's inventory without an artifact
+                    raise
                 led = self._round()
                 trouble.over()
                 self._rest(1.0 if led else _AGAIN)
@@ -121,16 +125,21 @@ class Applier:
             self._masters.remove()
         return True
 
+    def _seen(self) -> Published | None:
+        """What the cluster holds, as far as our own rights go."""
+        found = _get(self._api)
+        self.allowed.set()
+        return found
+
     def _due(self, artifact: Artifact) -> bool:
         """Whether this artifact is to be applied, as far as we can see."""
         own = artifact.inventory.generation
         try:
-            found = _get(self._api)
+            found = self._seen()
         except Refused as refused:
             if refused.code != 403:
                 raise
             return True
-        self.allowed.set()
         if found is None or own > found.generation:
             return True
         if own < found.generation:
@@ -168,7 +177,8 @@ class Applier:
 
     def _kubectl(self, objects: Path, lease: Lease) -> None:
         place, certificate = self._place, self._masters.file
-        self._masters.fresh()
+        self._masters.remove()
+        self._masters.fresh()  # with its whole life before it
         command = [
             *(str(place.kubectl), "apply", "--server-side", "--force-conflicts", "--field-manager=nodebake"),
             *("--kubeconfig=/dev/null", f"--server={place.server}"),
