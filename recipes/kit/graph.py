@@ -148,11 +148,15 @@ def _waiting() -> None:
 
 
 class State(SqliteDB):  # type: ignore[misc]
-    """doit's state, written when a task is done and not when doit ends. Losing it costs time, never truth."""
+    """doit's state, written when a task is done and not when doit ends, and forgotten when the task begins: of one that
+    was cut off, a target may be new and the next one old. Losing it costs time, never truth."""
+
+    opened: State | None = None
 
     def __init__(self, name: str, codec: Any, *, module_name: str | None = None) -> None:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         super().__init__(name, codec, module_name=module_name)
+        State.opened = self
 
     def _sqlite3(self, name: str) -> sqlite3.Connection:
         connection: sqlite3.Connection = super()._sqlite3(name)
@@ -237,6 +241,8 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         self._failed = False
 
     def execute_task(self, task: Any) -> None:
+        if State.opened is not None:
+            State.opened.remove(task.name)
         if task.actions and not task.name.startswith("_"):
             self.write(f"{task.title()}\n")
             self.outstream.flush()
