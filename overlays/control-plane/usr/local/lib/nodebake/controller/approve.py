@@ -28,7 +28,7 @@ REQUESTS = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
 FIRST_KEY = "nodebake.local/first-key"
 FIRST_ASKED = "nodebake.local/first-asked"
 # From a certificate to a Node are seconds; a controller-manager that has to take over signs after half a minute.
-FORFEIT = timedelta(minutes=2)
+FORFEIT = timedelta(minutes=1)
 _DECIDED = frozenset(("Approved", "Denied", "Failed"))
 
 
