@@ -112,7 +112,12 @@ def render(tree: Path, context: Mapping[str, Any]) -> list[File]:
 def _walk(tree: Path) -> list[Path]:
     if not tree.is_dir():
         raise BakeError("this overlay does not exist", where=tree, remedy="restore the folder from the repository")
-    found = (Path(folder) / name for folder, _, names in os.walk(tree) for name in names)
+    found = (
+        Path(folder) / name
+        for folder, _, names in os.walk(tree)
+        for name in names
+        if Path(folder).name != "__pycache__"  # made by whoever runs a program from here
+    )
     linked = (Path(folder) / name for folder, names, _ in os.walk(tree) for name in names)
     return sorted([*found, *(path for path in linked if path.is_symlink())])
 

@@ -50,6 +50,13 @@ def test_a_path_in_the_tree_is_the_path_on_the_machine(tmp_path: Path) -> None:
     assert {file.owner for file in files.values()} == {"root"}
 
 
+def test_what_python_compiled_is_left_out(tmp_path: Path) -> None:
+    tree = make(tmp_path, lib__module="x")
+    (tree / "lib/__pycache__").mkdir()
+    (tree / "lib/__pycache__/module.pyc").write_bytes(b"x")
+    assert set(rendered(tree)) == {"/lib/module"}
+
+
 def test_a_template_that_renders_to_nothing_is_left_out(tmp_path: Path) -> None:
     tree = make(tmp_path)
     (tmp_path / "tree/etc").mkdir(parents=True)
