@@ -253,7 +253,9 @@ def test_a_machine_with_anothers_medium_is_refused_until_it_has_its_own(bake: Ba
         for path in ("/opt/nodebake", "/etc/kubernetes/kubelet.yaml", "/etc/nodebake", "/usr/local/bin/nodebake"):
             assert machine.run(f"test -e {path}", check=False).returncode == 1, f"{path} is there"
         assert machine.run("test -d /run/nodebake/media/cidata && ls /run/nodebake/media/cidata").stdout == ""
+        machine.crash()
         machine.insert(lab.build / "seeds" / "worker-1.iso")
+        machine.power_on()
         machine.wait(lambda: "checking that this machine is worker-1" in machine.console, 120, "its own is taken")
         machine.wait(
             lambda: " health waiting" in machine.run("cat /var/lib/nodebake/journal").stdout, 120, "it goes on"
