@@ -1,4 +1,7 @@
-"""`python -m tests.bench [ROUNDS]`: bakes the sample cluster and measures it against the goals; see README.md."""
+"""`python -m tests.bench [ROUNDS]`: bakes the sample cluster and measures it against the goals; see README.md.
+
+`python -m tests.bench boot [ROUNDS]`: boots clusters in the lab and measures those; see boot.py.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from tests.bench import measure
+from tests.bench import boot, measure
 from tests.bench.measure import Floor, Goal, Run
 from tests.bench.table import Result, written
 from tests.conftest import REMEMBERED, ROOT, Project, copy_project
@@ -24,6 +27,9 @@ COMPILED = {"PYTHONDONTWRITEBYTECODE": ""}  # as Python does it unless told othe
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["boot"]:
+        boot.main(int(sys.argv[2]) if len(sys.argv) > 2 else 3, desk())
+        return
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     (ROOT / "build" / "bench").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="project-", dir=ROOT / "build" / "bench") as folder:

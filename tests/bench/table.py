@@ -21,17 +21,23 @@ class Result:
     size: int
 
 
-def markdown(result: Result) -> str:
-    """The table, and below it where the time of the least work goes."""
+def rows(goals: Sequence[Goal]) -> list[str]:
+    """Head and rows of the table."""
     lines = ["| What | Measured | Against | Ratio | Goal | |", "|---|---|---|---|---|---|"]
-    for goal in result.goals:
+    for goal in goals:
         if goal.unit == "MB":
             cells = [f"{goal.measured / 1e6:.0f} MB", goal.against]
         else:
             cells = [f"{goal.measured:.2f} s", f"{goal.reference:.2f} s ({goal.against})"]
         met = "met" if goal.met else "**missed**"
         lines.append("| " + " | ".join([goal.name, *cells, f"{goal.ratio:.2f}x", f"<= {goal.limit:g}x", met]) + " |")
-    lines += [
+    return lines
+
+
+def markdown(result: Result) -> str:
+    """The table, and below it where the time of the least work goes."""
+    lines = [
+        *rows(result.goals),
         "",
         f"Medians of {result.rounds} rounds, warm page cache, {result.size / 1e9:.2f} GB of artifacts; {result.desk}.",
         "",
@@ -45,6 +51,10 @@ def written(result: Result, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     text = markdown(result)
     (folder / "bench.md").write_text(text)
-    goals = [{**asdict(goal), "ratio": goal.ratio, "met": goal.met} for goal in result.goals]
-    (folder / "bench.json").write_text(json.dumps({**asdict(result), "goals": goals}, indent=1) + "\n")
+    (folder / "bench.json").write_text(json.dumps({**asdict(result), "goals": facts(result.goals)}, indent=1) + "\n")
     return text
+
+
+def facts(goals: Sequence[Goal]) -> list[dict[str, object]]:
+    """For JSON."""
+    return [{**asdict(goal), "ratio": goal.ratio, "met": goal.met} for goal in goals]
