@@ -117,7 +117,7 @@ class Bake:
     @cached_property
     def generation(self) -> int:
         """Counts the versions of what the control planes bring: 1, 2 ... Kept in the store, so that it never falls."""
-        known = digest(self.code, self._named_alike, self._token_ids(), self._operators_bytes())
+        known = digest(self.code, self._named_alike, self._token_ids(), self._operators_bytes(), self._references())
         kept = Choices(self.where / "generation.json")  # not with the choices, which may be thrown away
         last = kept.get("generation", "objects") or {"of": None, "number": 0}
         if last["of"] == known:
@@ -142,6 +142,11 @@ class Bake:
 
     def _operators_bytes(self) -> list[str]:
         return [hashlib.sha256(path.read_bytes()).hexdigest() for path in self.cluster.extra_objects]
+
+    def _references(self) -> list[tuple[str, str]]:
+        """The images' names, which objects say: another source gives others. The same on every architecture."""
+        there = [path for path in (self.folder / "images").glob("*.json") if path.exists()]
+        return sorted({(image.name, image.reference) for path in there for image in records.read_images(path)})
 
     def _passwords(self) -> list[tuple[str, int, int]]:
         """By time and size only: a digest of a password would be a way to guess it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
@@ -97,14 +97,7 @@ def inventory_document(cluster: Cluster, secrets: store.Secrets, generation: int
 
 
 def _control_plane(cluster: Cluster, secrets: store.Secrets, image: Mapping[str, str], generation: int) -> list[File]:
-    inventory = json.dumps(inventory_document(cluster, secrets, generation), sort_keys=True, separators=(",", ":"))
-    return [
-        File(
-            "/etc/kubernetes/encryption.yaml",
-            data=objects.document([objects.encryption_configuration(secrets.encryption_key)]),
-            mode=0o600,
-            owner="kube-apiserver",
-        ),
+    applied = [
         # For nodebake-controller; the operator's objects may be secret too.
         File(
             "/etc/nodebake/objects/10-cluster.yaml",
@@ -113,6 +106,19 @@ def _control_plane(cluster: Cluster, secrets: store.Secrets, image: Mapping[str,
             owner="nodebake",
         ),
         tokens.for_control_plane(cluster, secrets),
+    ]
+    # The inventory says of what objects it is: files are put in place one after the other.
+    digests = {PurePosixPath(file.path).name: archive.entry_of(file).sha256 for file in applied}
+    document = {**inventory_document(cluster, secrets, generation), "objects": digests}
+    inventory = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return [
+        File(
+            "/etc/kubernetes/encryption.yaml",
+            data=objects.document([objects.encryption_configuration(secrets.encryption_key)]),
+            mode=0o600,
+            owner="kube-apiserver",
+        ),
+        *applied,
         File("/etc/nodebake/inventory.json", data=inventory.encode() + b"\n", mode=0o600, owner="nodebake"),
     ]
 

@@ -54,6 +54,8 @@ def user_data(cluster: Cluster, node: Node) -> bytes:
     commands = [
         ["systemctl", "daemon-reload"],
         ["systemctl", "enable", _UNIT],
+        # Program and unit are on the disk before the power can be cut while they run.
+        ["sync"],
         # cloud-init marks runcmd as done before it runs: the unit does the work, and goes on after a power cut.
         ["systemctl", "start", "--no-block", _UNIT],
     ]
@@ -62,7 +64,12 @@ def user_data(cluster: Cluster, node: Node) -> bytes:
         text = f"[Time]\nNTP={' '.join(cluster.ntp)}\nFallbackNTP=\n"
         files.append({"path": "/etc/systemd/timesyncd.conf.d/50-cluster.conf", "permissions": "0644", "content": text})
         commands.insert(0, ["systemctl", "try-restart", "systemd-timesyncd.service"])
+    # What cloud-init has marked as done may not have reached the disk when power was cut: it is done once more then.
+    there = " && ".join(f"test -s {file['path']}" for file in files[:2])
+    modules = " ".join(f"config_{name}" for name in ("write_files", "runcmd", "scripts_user"))
+    once_more = f"cd /var/lib/cloud/instance/sem && {{ {there} || rm -f {modules}; }}"
     config: dict[str, Any] = {
+        "bootcmd": [["sh", "-c", once_more]],
         "hostname": node.name,
         "preserve_hostname": False,
         "manage_etc_hosts": "localhost",  # its own name without DNS; of other machines only addresses are used

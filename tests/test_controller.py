@@ -616,12 +616,9 @@ class Stand:
     def secret(self, node: str) -> Json | None:
         return self.found(f"{tokens.SECRETS}/bootstrap-token-{self.secrets.tokens[node].id}")
 
-    def pin(self, node: str, key_digest: str, asked: datetime | None = None) -> None:
+    def pin(self, node: str, key_digest: str) -> None:
         """As if the token had first asked with this key."""
-        annotations = {
-            approve.FIRST_KEY: key_digest,
-            approve.FIRST_ASKED: (asked or datetime.now(UTC)).replace(microsecond=0).isoformat(),
-        }
+        annotations = {approve.FIRST_KEY: key_digest}
         path = f"{tokens.SECRETS}/bootstrap-token-{self.secrets.tokens[node].id}"
         self.admin.call("PATCH", path, {"metadata": {"annotations": annotations}}, kind=MERGE)
 
@@ -1183,13 +1180,13 @@ def test_one_that_was_killed_between_pinning_and_approving(plane: Stand) -> None
 
 def test_a_first_key_that_nothing_came_of_is_forfeit(plane: Stand) -> None:
     """A kubelet that ends before it has its certificate comes back with another key."""
-    long_ago = datetime.now(UTC) - approve.FORFEIT
     lost = digest(key())
-    with plane.daemon(plane.artifact(1)) as running:
+    with plane.daemon(plane.artifact(1), "--forfeit-after=3") as running:
         eventually(lambda: plane.brought() >= {"worker-1", "worker-2", "worker-3"}, "they have tokens")
-        plane.pin("worker-1", lost, long_ago)
-        plane.pin("worker-2", lost, long_ago)
+        plane.pin("worker-1", lost)
+        plane.pin("worker-2", lost)
         plane.register("worker-2")
+        time.sleep(4)
         for name in ("worker-1", "worker-2"):
             assert plane.can_ask(name, name)
         assert plane.outcome("worker-1")[0] == "Approved"

@@ -59,7 +59,7 @@ def test_a_whole_tarball_is_verified(baked: tuple[Path, Path, Path], tmp_path: P
     done = run("verify", "--root", tmp_path, baked[1], shell=shell)
     assert done.returncode == 0, done.stderr
     assert "as it was baked for worker-1 (cluster ha)" in done.stdout
-    assert tree(tmp_path) == {"var/lib/nodebake/lock"}, "checking must leave nothing behind"
+    assert tree(tmp_path) == set(), "checking must leave nothing behind"
 
 
 def test_thin_needs_its_payload(baked: tuple[Path, Path, Path], tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_install_puts_everything_in_place_and_can_be_repeated(baked: tuple[Path,
         assert (root / "etc/mine").read_text() == "kept"
         assert (root / "etc").stat().st_mode & 0o777 == 0o751, "a folder of the system keeps its mode"
         left = {path.name for path in (root / "var/lib/nodebake").iterdir()}
-        assert left == {"placed", "etcd-of", "lock"}, "put in place, which is not yet installed"
+        assert left == {"etcd-of", "first-boot", "lock"}, "put in place: the machine itself goes on"
 
 
 def test_install_after_a_cut_goes_on(baked: tuple[Path, Path, Path], tmp_path: Path) -> None:
@@ -151,6 +151,14 @@ def remove_file(root: Path) -> None:
     (root / "etc/containerd/config.toml").unlink()
 
 
+def open_folder(root: Path) -> None:
+    (root / "etc/kubernetes").chmod(0o777)
+
+
+def add_folder(root: Path) -> None:
+    (root / "etc/kubernetes/more").mkdir()
+
+
 def remove_identity(root: Path) -> None:
     for path in (root / MANIFEST).glob("node.*"):
         path.unlink()
@@ -165,6 +173,8 @@ CHANGES: dict[Callable[[Path], None], int] = {
     add_file: DAMAGED,
     remove_file: DAMAGED,
     remove_identity: DAMAGED,
+    open_folder: DAMAGED,
+    add_folder: DAMAGED,
 }
 
 

@@ -126,7 +126,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
         shutil.copy(PROGRAM, machine.path("/medium/first-boot"))
         yield machine
     finally:
-        host.run(["umount", root])
+        host.run(["umount", "--lazy", root])
 
 
 def another_card(machine: Machine) -> None:
@@ -229,7 +229,7 @@ def test_a_machine_that_does_not_fit_is_refused_unchanged(
     assert said in done.stderr and "->" in done.stderr
     assert machine.files() == before, "a refused machine is as it was"
     left = {path.name for path in machine.path("/var/lib/nodebake").iterdir()}
-    assert left == {"lock", "journal", "first-boot"}
+    assert left == {"lock", "journal", "first-boot", "medium"}
     refusal = done.stderr.splitlines()[0].removeprefix("first-boot: ")
     assert f"machine refused {refusal}\n" in machine.path("/var/lib/nodebake/journal").read_text()
 

@@ -695,11 +695,17 @@ def test_a_server_that_hangs_up_does_not_end_it(worker: Baked) -> None:
 
 
 def test_apply_hands_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[str, list[str]]] = []
-    monkeypatch.setattr(os, "execv", lambda path, words: calls.append((path, words)))
-    program.main(["apply", str(tmp_path)])
-    first_boot = "/opt/nodebake/first-boot"
-    assert calls == [(first_boot, [first_boot, "install", "--medium", str(tmp_path)])]
+    first_boot, calls = "/opt/nodebake/first-boot", list[list[str]]()
+
+    def called(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        calls.append(list(map(str, command)))
+        return subprocess.CompletedProcess(command, 73)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(subprocess, "run", called)
+        assert program.main(["apply", str(tmp_path)]) == 73
+    assert calls[0] == ["systemctl", "stop", "nodebake-first-boot.service"]
+    assert calls[1][0] == "systemd-run" and calls[1][-4:] == [first_boot, "install", "--medium", str(tmp_path)]
     assert (overlay.OVERLAYS / "common" / first_boot.lstrip("/")).exists()
     assert nodebake("apply", tmp_path / "gone", fails=2).startswith("nodebake: there is no folder")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from machine.system import System
 
 HEALTHY, UNHEALTHY, USAGE = 0, 1, 2
 FIRST_BOOT = "/opt/nodebake/first-boot"
+FIRST_BOOT_UNIT = "nodebake-first-boot.service"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,12 +94,16 @@ def _diagnose(system: System, output: Path | None) -> int:
 
 
 def _apply(folder: Path) -> int:
+    """As a unit of its own: it goes on when the session that began it ends, and first boot's unit after a power cut."""
     if not folder.is_dir():
         return _fail(f"there is no folder {folder}", USAGE)
+    command = ["systemd-run", "--quiet", "--collect", "--wait", "--unit=nodebake-apply"]
     try:
-        os.execv(FIRST_BOOT, [FIRST_BOOT, "install", "--medium", str(folder.absolute())])  # noqa: S606 - it takes over
-    except OSError as error:
-        return _fail(f"{FIRST_BOOT} cannot be run: {error.strerror}", UNHEALTHY)
+        subprocess.run(["systemctl", "stop", FIRST_BOOT_UNIT], check=True)  # it may wait for an earlier artifact
+        print("what it does: journalctl --follow --unit nodebake-apply", flush=True)
+        return subprocess.run([*command, FIRST_BOOT, "install", "--medium", folder.absolute()]).returncode
+    except (OSError, subprocess.CalledProcessError) as error:
+        return _fail(f"{FIRST_BOOT} cannot be run: {error}", UNHEALTHY)
 
 
 def _fail(text: str, code: int) -> int:

@@ -7,15 +7,15 @@ finds its digest there and goes on. Who loses the token to a thief is refused, a
 A kubelet that rotates its certificates (rotateCertificates) has the key that it asks with in its memory alone until the
 certificate comes (rotateCerts in client-go's certificate_manager.go; pki/kubelet-client.key.tmp is for those that do
 not rotate). If it ends between the approval and that moment, by a power cut, or by itself because nobody has signed for
-five minutes, it comes back with another key. So the first key holds a token for FORFEIT only, unless its Node has come
-by then; after that the next key takes its place. Whose Node is there has joined, and no other key will do until that
-Node is deleted.
+five minutes, it comes back with another key. So the first key holds a token for a minute only, unless its Node has come
+by then; after that the next key takes its place. Each control plane counts that minute by itself: no clock is compared
+with another machine's. Whose Node is there has joined, and no other key will do until that Node is deleted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 from controller.api import MERGE, METADATA, Api, Json, Refused
 from controller.inventory import NAMESPACE, NODES, Inventory
@@ -26,9 +26,6 @@ from controller.work import Work
 
 REQUESTS = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
 FIRST_KEY = "nodebake.local/first-key"
-FIRST_ASKED = "nodebake.local/first-asked"
-# From a certificate to a Node are seconds; a controller-manager that has to take over signs after half a minute.
-FORFEIT = timedelta(minutes=1)
 _DECIDED = frozenset(("Approved", "Denied", "Failed"))
 
 
@@ -41,10 +38,20 @@ def undecided(item: Json) -> Json | None:
 
 
 class Approver:
-    def __init__(self, api: Api, inventory: Callable[[], Inventory | None]) -> None:
-        """inventory: the cluster's, None while it has none."""
+    def __init__(
+        self,
+        api: Api,
+        inventory: Callable[[], Inventory | None],
+        held_for: Callable[[str, str], float],
+        *,
+        forfeit_after: float,
+    ) -> None:
+        """inventory: the cluster's, None while it has none. held_for: Tokens.held_for. forfeit_after: seconds after
+        which a first key that no Node has come of gives way; from a certificate to a Node are seconds, and a
+        controller-manager that has to take over signs after half a minute."""
         self.work = Work("certificates")
         self._api, self._inventory = api, inventory
+        self._held_for, self._forfeit_after = held_for, forfeit_after
         self._waiting: dict[str, str] = {}  # request -> what was said of it
 
     def changed(self, name: str, before: Json | None, after: Json | None) -> None:
@@ -77,16 +84,12 @@ class Approver:
             first = annotations.get(FIRST_KEY)
             if first == pin.key:
                 return None
-            now = datetime.now(UTC).replace(microsecond=0)
             if first is not None:
-                flaw = self._held(pin, first, annotations.get(FIRST_ASKED, ""), now)
+                flaw = self._held(pin, first)
                 if flaw is not None:
                     return flaw
                 say(f"token {pin.token_id} of {pin.node}: nothing came of its first key {first[:16]}...; it is forfeit")
-            patch = {
-                "resourceVersion": metadata["resourceVersion"],
-                "annotations": {FIRST_KEY: pin.key, FIRST_ASKED: now.isoformat()},
-            }
+            patch = {"resourceVersion": metadata["resourceVersion"], "annotations": {FIRST_KEY: pin.key}}
             self._api.call("PATCH", path, {"metadata": patch}, kind=MERGE, accept=METADATA)
         except Refused as refused:
             if refused.code != 404:
@@ -94,15 +97,11 @@ class Approver:
             return f"the token {pin.token_id} was retired, or its time is over"
         return None
 
-    def _held(self, pin: Pin, first: str, asked: str, now: datetime) -> str | None:
-        """Why the token is still its first key's, or None. asked: when that came, ISO 8601; unreadable: long ago."""
+    def _held(self, pin: Pin, first: str) -> str | None:
+        """Why the token is still its first key's, or None."""
         keys = f"the token {pin.token_id} was first used with the key {shown(first, 16)} and now with {pin.key[:16]}..."
-        try:
-            until = datetime.fromisoformat(asked) + FORFEIT
-        except (ValueError, TypeError):
-            until = now
-        if now < until:
-            return f"{keys}; until {until.isoformat()} it is the first one's"
+        if self._held_for(pin.token_id, first) < self._forfeit_after:
+            return f"{keys}; for {self._forfeit_after:g} s it is the first one's"
         try:
             self._api.call("GET", f"{NODES}/{pin.node}", accept=METADATA)
         except Refused as refused:

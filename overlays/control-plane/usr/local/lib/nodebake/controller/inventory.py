@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import hashlib
 import json
 import zlib
 from collections.abc import Mapping
@@ -112,10 +113,15 @@ STORAGE = "node-restriction.kubernetes.io/storage"
 
 
 def read_artifact(folder: Path) -> Artifact:
-    """folder: /etc/nodebake. OSError, ValueError, KeyError or TypeError while it is not whole."""
+    """folder: /etc/nodebake. OSError, ValueError, KeyError or TypeError while it is not whole: the inventory says of
+    what objects it is, so that those of an earlier artifact are not applied in its name."""
+    document = (folder / "inventory.json").read_bytes()
+    for name, digest in json.loads(document)["objects"].items():
+        if hashlib.sha256((folder / "objects" / name).read_bytes()).hexdigest() != digest:
+            raise ValueError(f"objects/{name} is of another artifact")
     secrets: list[Json] = json.loads((folder / "objects" / "90-tokens.yaml").read_bytes())["items"]
     return Artifact(
-        inventory=parse((folder / "inventory.json").read_bytes()),
+        inventory=parse(document),
         objects=folder / "objects" / "10-cluster.yaml",
         tokens={secret["stringData"]["token-id"]: secret for secret in secrets},
     )

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         runtime=runtime,
         node=given.node,
     )
-    controller = Controller(place, given.retire_after)
+    controller = Controller(place, given.retire_after, given.forfeit_after)
 
     def end(number: int, frame: FrameType | None) -> None:
         controller.applier.stop()
@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--kubectl", type=Path, required=True)
     add("--runtime", type=Path, default=folder_of("RUNTIME_DIRECTORY"), help="folder in memory, for certificates")
     add("--node", default=os.environ.get("NODE_NAME", socket.gethostname()), help="this machine's name")
+    add("--forfeit-after", type=float, default=60, metavar="SECONDS", help="a first key has, until its Node is there")
     add("--retire-after", type=float, default=60, metavar="SECONDS", help="a Node is Ready, before its token goes")
     return parser
 
@@ -75,12 +76,12 @@ def _parser() -> argparse.ArgumentParser:
 class Controller:
     """The threads and what they share."""
 
-    def __init__(self, place: Place, retire_after: float) -> None:
+    def __init__(self, place: Place, retire_after: float, forfeit_after: float) -> None:
         self._place = place
         self._own = Identity(place.authority, place.runtime / "controller.pem", COMMON_NAME)
         self.applier = Applier(place, self._own, self._look_at_everything)
-        self.approver = Approver(self._api(), self._inventory)
         self.tokens = Tokens(self._api(), self._inventory, self.applier.artifact, retire_after=retire_after)
+        self.approver = Approver(self._api(), self._inventory, self.tokens.held_for, forfeit_after=forfeit_after)
         self.labeller = Labeller(self._api(), self._inventory)
         self._published: Mirror[Published] = Mirror(
             "inventory",

@@ -34,12 +34,12 @@ class Token:
 
     uid: str
     created: str  # RFC 3339, UTC
-    used: bool  # somebody has asked with it
+    first: str  # the key that it first asked with, "" before anybody has
 
 
 def keep(item: Json) -> Token:
     metadata = item["metadata"]
-    return Token(metadata["uid"], metadata["creationTimestamp"], FIRST_KEY in metadata.get("annotations", {}))
+    return Token(metadata["uid"], metadata["creationTimestamp"], metadata.get("annotations", {}).get(FIRST_KEY, ""))
 
 
 class Tokens:
@@ -56,6 +56,7 @@ class Tokens:
         self._api, self._inventory, self._artifact = api, inventory, artifact
         self._retire_after = retire_after
         self._ready: dict[str, float] = {}  # Node -> since when, monotonic
+        self._first_seen: dict[str, tuple[str, float]] = {}  # Secret -> its first key, since when, monotonic
         self._deleted: dict[str, str] = {}  # Node -> when the one that was deleted had been created
 
     def node_changed(self, name: str, before: Seen | None, after: Seen | None) -> None:
@@ -69,10 +70,19 @@ class Tokens:
         self.work.add(name)
 
     def secret_changed(self, name: str, before: Token | None, after: Token | None) -> None:
+        first = after.first if after is not None else ""
+        if self._first_seen.get(name, ("", 0.0))[0] != first:
+            self._first_seen[name] = (first, time.monotonic())
         inventory = self._inventory()
         kubelet = inventory.by_token.get(name.removeprefix(PREFIX)) if inventory is not None else None
         if kubelet is not None:
             self.work.add(kubelet.name)
+
+    def held_for(self, token_id: str, first: str) -> float:
+        """Seconds for which this control plane has known that key as the token's first one. No clock is compared with
+        another machine's."""
+        known, since = self._first_seen.get(PREFIX + token_id, ("", 0.0))
+        return time.monotonic() - since if known == first else 0.0
 
     def look(self, nodes: Mirror[Seen], secrets: Mirror[Token], name: str) -> float | None:
         inventory = self._inventory()
@@ -89,7 +99,7 @@ class Tokens:
         if kubelet.denied:
             self._delete(kubelet, secret, "it is denied")
         elif node is None:
-            if secret.used and secret.created <= self._deleted.get(name, ""):
+            if secret.first and secret.created <= self._deleted.get(name, ""):
                 self._delete(kubelet, secret, "its Node was deleted; a fresh one follows")
         elif name in self._ready:
             left = self._ready[name] + self._retire_after - time.monotonic()
