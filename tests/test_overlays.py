@@ -601,7 +601,6 @@ def test_haproxy_finds_the_live_api_server(machine: Layout, api_server: Running,
         machine.moved(text)
         .replace("bind *:6443", f"bind {front}:6443")
         .replace(f"{live}:6443", f"{machine.localhost}:6443")
-        .replace("maxconn 30000", "maxconn 500")
     )
     subprocess.run(["/usr/sbin/haproxy", "-c", "-q", "-f", config], check=True)
     log = tmp_path / "log"

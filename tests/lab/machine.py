@@ -207,6 +207,11 @@ class Machine:
         told = self.run("cloud-init status --format=json", check=False).stdout
         return "" if '"status": "not started"' in told or '"status": "running"' in told else told
 
+    def write(self, path: str, text: str) -> None:
+        """A file of the disk, on or off, with its folder."""
+        command = ["chroot", self._disk, "sh", "-c", 'mkdir -p "${1%/*}" && cat >"$1"', "write", path]
+        self._inside.run(command, stdin=text)
+
     def read(self, path: str) -> str:
         """A file of the disk, on or off."""
         return self._chrooted("cat", path)
