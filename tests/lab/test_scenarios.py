@@ -353,7 +353,7 @@ def test_two_load_balancers_hold_one_address(bake: Baker) -> None:
 ASK_VIP = (
     "python3 -c 'import ssl,urllib.request as u;"
     'c=ssl.create_default_context(cafile="/etc/kubernetes/pki/kubernetes-ca.crt");'
-    'say(u.urlopen("https://192.168.10.9:6443/readyz",context=c,timeout=3).read().decode(),end="")\''
+    'print(u.urlopen("https://192.168.10.9:6443/readyz",context=c,timeout=3).read().decode(),end="")\''
 )
 
 
@@ -385,20 +385,33 @@ def test_a_tarball_by_hand_without_cloud_init(bake: Baker) -> None:
     with switched_on(bake, "single") as lab:
         machine = lab.machine("only")
         machine.eject("cidata")
+        machine.write("/etc/cloud/cloud-init.disabled", "")
+        machine.write("/etc/systemd/network/10-by-hand.network", BY_HAND)
         clock = power_on(lab)
-        machine.wait(lambda: machine.run("systemctl is-system-running", check=False).stdout != "", 60, "it boots")
-        card = machine.run("ls /sys/class/net | grep -vx lo").stdout.strip()
-        machine.run(f"ip link set {card} up && ip address add 192.168.10.11/24 dev {card}")
-        machine.run(f"ip route add {lab.cluster.service_subnet} dev {card}")
         machine.run("mkdir -p /root/medium")
-        shutil.copyfile(
-            lab.build / "nodes" / "only.tar.gz", Path(f"/proc/{machine.first}/root/root/medium/node.tar.gz")
-        )
-        machine.run("cd /root/medium && tar -xzf node.tar.gz --strip-components=2 opt/nodebake/first-boot")
+        medium = Path(f"/proc/{machine.first}/root/root/medium")
+        shutil.copyfile(lab.build / "nodes" / "only.tar.gz", medium / "node.tar.gz")
+        shutil.copyfile(bake("single").root / "overlays/common/opt/nodebake/first-boot", medium / "first-boot")
+        machine.wait(lambda: "192.168.10.11/" in machine.run("ip -o -4 address").stdout, 60, "it has its address")
         told = machine.run("sh /root/medium/first-boot install --medium /root/medium", timeout=BOOT).stdout
         assert "is up and healthy" in told and "removed /root/medium/node.tar.gz" in told
+        assert not (medium / "node.tar.gz").exists()
         wait_ready(lab, BOOT, None, clock)
         tell(clock)
+
+
+BY_HAND = """\
+[Match]
+Name=nic* e*
+
+[Network]
+Address=192.168.10.11/24
+LinkLocalAddressing=no
+
+[Route]
+Destination=10.96.0.0/16
+Gateway=192.168.10.1
+"""
 
 
 STEPS = ("medium", "verify", "machine", "place", "packages", "users", "units", "health")
@@ -477,7 +490,7 @@ def etcd_leader(lab: Lab) -> str:
             machine = lab.machine(node.name)
             if machine.is_on:
                 metrics = machine.run(
-                    "python3 -c 'import urllib.request as u; say(u.urlopen(\"http://127.0.0.1:2381/metrics\").read().decode())'"
+                    "python3 -c 'import urllib.request as u; print(u.urlopen(\"http://127.0.0.1:2381/metrics\").read().decode())'"
                 ).stdout
                 if "\netcd_server_is_leader 1" in metrics:
                     return node.name
