@@ -209,7 +209,7 @@ class Machine:
 
     def write(self, path: str, text: str) -> None:
         """A file of the disk, on or off, with its folder."""
-        command = ["chroot", self._disk, "sh", "-c", 'mkdir -p "${1%/*}" && cat >"$1"', "write", path]
+        command: list[Argument] = ["chroot", self._disk, "sh", "-c", 'mkdir -p "${1%/*}" && cat >"$1"', "write", path]
         self._inside.run(command, stdin=text)
 
     def read(self, path: str) -> str:
