@@ -25,6 +25,11 @@ _NAMED = re.compile(
         ("(?:[^"\\\n]|\\.)*"|'[^'\n]*'|[^\s"',;&}\]]+)""",
     re.IGNORECASE | re.VERBOSE,
 )
+# Where a blank stands between name and value: command lines, and configuration files that are made like that.
+_SPACED = re.compile(
+    r"(?<!\S)((?:--?(?:password|passwd|token|secret)|auth_pass|(?:wpa-)?psk)[ \t]+)(\S+)", re.IGNORECASE
+)
+_LOGIN = re.compile(r"(?<!\S)((?:-u|--user)[ \t]+[^\s:]+:)(\S+)")
 _WORD = re.compile(r"[A-Za-z0-9+/_=-]{10,}")
 
 # Where this machine's secrets lie. What is named or looks like one in there is one, wherever else it turns up.
@@ -74,6 +79,8 @@ class Scrubber:
         text = _BEARER.sub(rf"\g<1>{HIDDEN}", text)
         text = _URL.sub(rf"\g<1>{HIDDEN}", text)
         text = _NAMED.sub(rf"\g<1>{HIDDEN}", text)
+        text = _SPACED.sub(rf"\g<1>{HIDDEN}", text)
+        text = _LOGIN.sub(rf"\g<1>{HIDDEN}", text)
         text = _JWT.sub(HIDDEN, text)
         text = _BOOTSTRAP_TOKEN.sub(HIDDEN, text)
         for value in self._others:
