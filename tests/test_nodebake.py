@@ -569,7 +569,7 @@ def test_a_later_run_goes_over_what_is_done(worker: Baked) -> None:
         "medium": "done",
         "place": "done",
         "packages": "under way",
-        **dict.fromkeys(["users", "images", "units", "health", "clean", "report"], "not yet"),
+        **dict.fromkeys(["users", "units", "health", "clean", "report"], "not yet"),
     }
 
 
