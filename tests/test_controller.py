@@ -953,7 +953,7 @@ def test_a_control_plane_whose_artifact_is_broken_judges_by_the_clusters_invento
     broken = plane.artifact(2)
     (broken / "objects" / "90-tokens.yaml").write_text("[]")
     with plane.daemon(broken) as running:
-        running.until(r"cluster objects: the artifact in \S+ cannot be read: TypeError; trying again")
+        running.until(r"cluster objects: the artifact in \S+ cannot be read: ValueError; trying again")
         assert plane.can_ask("of-broken", "worker-1")
         assert plane.outcome("of-broken")[0] == "Approved"
 
