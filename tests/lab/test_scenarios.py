@@ -108,6 +108,9 @@ def test_six_machines_at_once_become_a_cluster(ha: Lab) -> None:
     assert {checks.condition({"status": each["status"]}, "Approved") for each in requests} == {True}
     for name in ha.machines:
         assert ha.machine(name).run("systemctl", "--failed", "--no-legend", "--plain").stdout == ""
+        # By the machine's own cloud-init: user-data and network-config.
+        told = ha.machine(name).run("cloud-init", "schema", "--system").stdout
+        assert told.count("Valid schema") == 2, told
 
 
 def snapshot(machine: Machine) -> str:
