@@ -198,6 +198,13 @@ def test_user_data_brings_people_and_first_boot() -> None:
     assert "ExecStart=/bin/sh /var/lib/nodebake/first-boot install" in unit
     assert program["permissions"] == "0755" and program["content"].startswith("#!/bin/sh\n")
     assert config["runcmd"][-1] == ["systemctl", "start", "--no-block", "nodebake-first-boot.service"]
+    assert config["runcmd"][-2] == ["sync"], "on the disk before anything relies on it"
+    ((shell, option, again),) = config["bootcmd"]
+    assert (shell, option) == ("sh", "-c")
+    for path in ("/var/lib/nodebake/first-boot", "/etc/systemd/system/nodebake-first-boot.service"):
+        assert f"test -s {path}" in again, "what a power cut emptied is written again"
+    assert "rm -f config_write_files config_runcmd config_scripts_user" in again
+    assert subprocess.run(["sh", "-n", "-c", again]).returncode == 0
 
 
 def test_the_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
