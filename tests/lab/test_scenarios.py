@@ -74,11 +74,11 @@ def power_on(lab: Lab, *names: str) -> Clock:
     return clock
 
 
-def settled(lab: Lab, clock: Clock, names: set[str] | None = None) -> None:
+def settled(lab: Lab, clock: Clock) -> None:
     """Ready, everything works, first boot is over, nobody asked outside."""
-    wait_ready(lab, BOOT, names, clock)
+    wait_ready(lab, BOOT, None, clock)
     everything_works(lab, clock)
-    wait_installed(lab, 120, names and {*names})
+    wait_installed(lab, 120)
     clock.mark("first boot over")
     tell(clock)
     checks.nothing_was_asked_outside(lab)
