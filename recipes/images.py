@@ -21,8 +21,9 @@ from urllib.parse import urlsplit
 
 from recipes import packages
 from recipes.components import Component, load_components
-from recipes.kit.download import Desk, NotServed, Unreachable, hash_file
+from recipes.kit.download import Desk, NotServed, Unreachable
 from recipes.kit.errors import BakeError
+from recipes.kit.hashing import hash_file
 from recipes.kit.model import Arch, Cluster, Fetched, File, Image, Origin, Registry, Source
 from recipes.kit.registry import INDEX_TYPES, Blob, Pulled, pull_image, split_reference
 

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from recipes.kit.download import Cache, Desk, NotServed, Unreachable, WrongBytes, hash_file
+from recipes.kit.download import Cache, Desk, NotServed, Unreachable, WrongBytes
 from recipes.kit.errors import BakeError
+from recipes.kit.hashing import hash_file
 from recipes.kit.locks import locked
 from recipes.kit.model import Arch, Cluster, Fetched, Origin
 

@@ -21,8 +21,9 @@ import pytest
 
 from recipes import images, packages
 from recipes.kit.choices import Choices
-from recipes.kit.download import Desk, NotServed, Unreachable, hash_file
+from recipes.kit.download import Desk, NotServed, Unreachable
 from recipes.kit.errors import BakeError
+from recipes.kit.hashing import hash_file
 from recipes.kit.model import Fetched, Image, Origin, Registry, Source
 from recipes.kit.progress import Advance, Unit
 from recipes.kit.registry import Blob, Pulled

@@ -19,8 +19,9 @@ import pytest
 
 from recipes import packages
 from recipes.kit.choices import Choices
-from recipes.kit.download import Desk, NotServed, WrongBytes, hash_file
+from recipes.kit.download import Desk, NotServed, WrongBytes
 from recipes.kit.errors import BakeError
+from recipes.kit.hashing import hash_file
 from recipes.kit.model import Cluster
 from recipes.kit.progress import Advance, Unit
 from tests import samples

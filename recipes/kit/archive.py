@@ -23,6 +23,7 @@ from isal import isal_zlib
 
 from recipes.kit.atomic import replacing
 from recipes.kit.errors import BakeError
+from recipes.kit.hashing import known
 from recipes.kit.model import USERS, File, Origin
 from recipes.kit.progress import Advance
 
@@ -145,7 +146,8 @@ class _Member:
         self._pool: ThreadPoolExecutor | None = None
         self._cores = min(os.cpu_count() or 1, 4)
         self._waiting: deque[Future[bytes]] = deque()
-        self._block = bytearray()
+        self._block = bytearray(BLOCK)
+        self._filled = 0
         self._crc = 0
         self._size = 0
         self._out.write(_HEADER)
@@ -158,7 +160,7 @@ class _Member:
             self._pool.shutdown(cancel_futures=True)
 
     def add(self, file: File) -> Entry:
-        """Puts one file, hashed while it passes."""
+        """Puts one file, hashed while it passes unless this run has hashed it."""
         for folder in self._new_folders(file.path):
             self._header(folder, tarfile.DIRTYPE, 0o755, "root")
         if file.link is not None:
@@ -176,24 +178,37 @@ class _Member:
         return made
 
     def put(self, data: bytes) -> None:
-        self._crc = isal_zlib.crc32(data, self._crc)
-        self._size += len(data)
-        self._block += data
-        while len(self._block) >= BLOCK:
-            whole = bytes(memoryview(self._block)[:BLOCK])
-            del self._block[:BLOCK]
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(self._cores)
-            self._waiting.append(self._pool.submit(compress, whole))
-            if len(self._waiting) > self._cores + 1:
-                self._out.write(self._waiting.popleft().result())
-            self._advance(self._size)
+        left = memoryview(data)
+        while left:
+            room = self._room(len(left))
+            room[:] = left[: len(room)]
+            left = left[len(room) :]
+            self._took(len(room))
+
+    def _room(self, wanted: int) -> memoryview:
+        """Where the next bytes go: `wanted` of them, or what the block can take. _took() says that they are there."""
+        return memoryview(self._block)[self._filled : self._filled + wanted]
+
+    def _took(self, count: int) -> None:
+        end = self._filled + count
+        self._crc = isal_zlib.crc32(memoryview(self._block)[self._filled : end], self._crc)
+        self._size += count
+        self._filled = end
+        if end < BLOCK:
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._cores)
+        self._waiting.append(self._pool.submit(compress, self._block))
+        self._block, self._filled = bytearray(BLOCK), 0
+        if len(self._waiting) > self._cores + 1:
+            self._out.write(self._waiting.popleft().result())
+        self._advance(self._size)
 
     def close(self) -> None:
         while self._waiting:
             self._out.write(self._waiting.popleft().result())
-        if self._block:
-            self._out.write(compress(bytes(self._block)))
+        if self._filled:
+            self._out.write(compress(memoryview(self._block)[: self._filled]))
         self._out.write(_LAST_BLOCK + struct.pack("<II", self._crc, self._size & 0xFFFFFFFF))
         self._advance(self._size)
 
@@ -214,28 +229,29 @@ class _Member:
 
     def _stream(self, file: File) -> Entry:
         assert file.source is not None  # noqa: S101 - held by _checked()
-        digest = hashlib.sha256()
         try:
-            stream = file.source.open("rb")
+            stream = file.source.open("rb", buffering=0)
         except OSError as error:
             raise BakeError(
                 f"{file.path} cannot be packed: {error.strerror}", where=file.source, remedy="run doit once more"
             ) from error
         with stream:
-            size = os.fstat(stream.fileno()).st_size
+            stat = os.fstat(stream.fileno())
+            size = left = stat.st_size
+            found, digest = known(stat), hashlib.sha256()
             self._header(file.path, tarfile.REGTYPE, file.mode, file.owner, size=size)
-            left = size
-            while left and (data := stream.read(min(CHUNK, left))):
-                digest.update(data)
-                self.put(data)
-                left -= len(data)
-        found = digest.hexdigest()
+            while left and (count := stream.readinto(room := self._room(min(CHUNK, left)))):
+                if found is None:
+                    digest.update(room[:count])
+                self._took(count)
+                left -= count
+        found = found or digest.hexdigest()
         if left or (file.sha256 is not None and file.sha256 != found):
             raise _changed(file, file.source)
         return Entry(file.path, size, found, file.mode, file.owner, None, file.origin)
 
 
-def compress(block: bytes) -> bytes:
+def compress(block: bytes | bytearray | memoryview) -> bytes:
     made = isal_zlib.compressobj(LEVEL, isal_zlib.DEFLATED, -15)
     return made.compress(block) + made.flush(isal_zlib.Z_SYNC_FLUSH)
 

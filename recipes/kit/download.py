@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 from recipes.kit.choices import Choices
 from recipes.kit.errors import BakeError
+from recipes.kit.hashing import hash_file, remember, sha256_of
 from recipes.kit.locks import locked
 from recipes.kit.model import Source
 from recipes.kit.progress import Progress
@@ -52,21 +53,6 @@ class WrongBytes(BakeError):
     """A file came whole, but it is not the file that was asked for. Never tried again."""
 
 
-def hash_file(path: Path, algorithm: str = "sha256") -> str:
-    """The file's digest, lower-case hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
-
-
-# What was hashed in this run -> (inode, size, mtime): nothing is hashed twice unless it changed.
-_verified: dict[Path, tuple[int, int, int]] = {}
-
-
-def _signature(path: Path) -> tuple[int, int, int]:
-    stat = path.stat()
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
 class Cache:
     """Files by their SHA-256: root/sha256/<hex>. A file is there whole and right, or not at all."""
 
@@ -81,11 +67,7 @@ class Cache:
         """The file, re-hashed once per run; a damaged one is set aside and None is returned."""
         path = self.path(sha256)
         try:
-            signature = _signature(path)
-            if _verified.get(path) == signature:
-                return path
-            if hash_file(path) == sha256:
-                _verified[path] = signature
+            if sha256_of(path) == sha256:
                 return path
             self.reject(path, f"{sha256}.damaged")
         except FileNotFoundError:
@@ -105,7 +87,7 @@ class Cache:
         _sync(temp)
         temp.replace(path)
         _sync(path.parent)
-        _verified[path] = _signature(path)
+        remember(path.stat(), sha256)
         return path
 
     def reject(self, path: Path, name: str) -> Path:

@@ -8,7 +8,6 @@ MD5 is computed per task), and failures that a person can mend are told without 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import os
 import signal
 import sqlite3
@@ -16,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from doit.exceptions import InvalidCommand, TaskFailed
 from doit.reporter import ConsoleReporter
 
 from recipes.kit.errors import BakeError, BakeErrors
+from recipes.kit.hashing import sha256_of
 from recipes.kit.locks import locked
 
 BUILD = Path("build")
@@ -187,19 +187,14 @@ class Checker(FileChangedChecker):  # type: ignore[misc]
         time, size, digest = state
         if file_stat.st_size != size:
             return True
-        return file_stat.st_mtime_ns != time and _sha256(file_path, file_stat.st_mtime_ns, size) != str(digest)
+        return file_stat.st_mtime_ns != time and sha256_of(Path(file_path)) != str(digest)
 
     def get_state(self, dep: str, current_state: Sequence[Any] | None) -> tuple[int, int, str] | None:
-        stat = Path(dep).stat()
+        path = Path(dep)
+        stat = path.stat()
         if current_state and tuple(current_state[:2]) == (stat.st_mtime_ns, stat.st_size):
             return None
-        return stat.st_mtime_ns, stat.st_size, _sha256(dep, stat.st_mtime_ns, stat.st_size)
-
-
-@cache
-def _sha256(path: str, time: int, size: int) -> str:
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return stat.st_mtime_ns, stat.st_size, sha256_of(path)
 
 
 class Same:
