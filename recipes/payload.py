@@ -67,7 +67,7 @@ def files(
     """
     baked = _baked(cluster, role, arch, binaries, images if role in ("control-plane", "worker") else (), packages)
     rendered = overlay.payload(cluster, role, arch, {image.name: image.reference for image in images})
-    found = [*baked, *rendered]
+    found = [*baked, *rendered, _package_list(packages)]
     if role in ("control-plane", "worker"):
         found += [_image_list(images), *container_images.registry_files(cluster)]
     return sorted([*found, *wanted_links(found)], key=lambda file: file.path)
@@ -213,6 +213,12 @@ def _image_list(images: Sequence[Image]) -> File:
         for reference in container_images.names_in_containerd(image.reference)
     ]
     return File("/etc/nodebake/images", data="".join(sorted(set(lines))).encode())
+
+
+def _package_list(packages: Sequence[Fetched]) -> File:
+    """What first boot compares with what the machine has: name, version and file of each Debian package; one a line."""
+    lines = [f"{deb.origin.component} {deb.origin.version} {deb.name}\n" for deb in packages]
+    return File("/etc/nodebake/packages", data="".join(sorted(lines)).encode())
 
 
 def _archives(images: Sequence[Image]) -> dict[str, Fetched]:

@@ -52,8 +52,7 @@ def user_data(cluster: Cluster, node: Node) -> bytes:
         {"path": f"{units}/{_UNIT}", "permissions": "0644", "content": _common(f"{units}/{_UNIT}")},
     ]
     commands = [
-        ["systemctl", "daemon-reload"],
-        ["systemctl", "enable", _UNIT],
+        ["systemctl", "enable", _UNIT],  # it also tells systemd of the new unit
         # Program and unit are on the disk before the power can be cut while they run.
         ["sync"],
         # cloud-init marks runcmd as done before it runs: the unit does the work, and goes on after a power cut.

@@ -49,11 +49,11 @@ class Parts:
         ]
         self.packages = [self.package(name, paths) for name, paths in PACKAGES.items()]
 
-    def fetched(self, name: str, data: bytes, component: str) -> Fetched:
+    def fetched(self, name: str, data: bytes, component: str, version: str = "v1.2.3") -> Fetched:
         digest = hashlib.sha256(data).hexdigest()
         path = self.folder / digest
         path.write_bytes(data)
-        return Fetched(name, path, digest, len(data), Origin(component, "v1.2.3", "release"))
+        return Fetched(name, path, digest, len(data), Origin(component, version, "release"))
 
     def binary(self, name: str, component: str = "kubernetes", machine: int | None = None) -> Fetched:
         number = machine or {"amd64": 62, "arm64": 183}[self.arch]
@@ -89,7 +89,7 @@ class Parts:
         (root / "DEBIAN" / "md5sums").write_text(sums)
         made = self.folder / f"{name}_1_{self.arch}.deb"
         subprocess.run(["dpkg-deb", "-Zxz", "-b", root, made], check=True, stdout=subprocess.DEVNULL)
-        return self.fetched(made.name, made.read_bytes(), name)
+        return self.fetched(made.name, made.read_bytes(), name, "1")
 
     def payload(self, cluster: Cluster, node: Node) -> list[File]:
         return payload.files(cluster, node.role, node.arch, self.binaries, self.images, self.packages)

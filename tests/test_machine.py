@@ -61,6 +61,10 @@ class Machine:
     def first_boot(self) -> subprocess.CompletedProcess[str]:
         return subprocess.run(self.command(), capture_output=True, text=True, timeout=120)
 
+    def version(self, package: str) -> str:
+        query = ["dpkg-query", f"--root={self.root}", "--show", "--showformat=${Version}", package]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout
+
     def files(self) -> set[tuple[str, int, int]]:
         """Path, size and time of every file but first boot's own notes."""
         found = (path for path in self.root.rglob("*") if not path.is_dir() or path.is_symlink())
@@ -244,6 +248,11 @@ def test_too_small_a_disk_is_refused(machine: Machine, tarballs: dict[str, Path]
 @pytest.mark.parametrize("which", ["worker", "control-plane"])
 def test_a_machine_that_fits_goes_on_to_its_units(machine: Machine, tarballs: dict[str, Path], which: str) -> None:
     """No systemd runs in a chroot, so nothing is started there; what comes before has been done."""
+    older = "Package: nftables\nStatus: install ok installed\nMaintainer: x\nArchitecture: amd64\nVersion: 0.9\n"
+    status = machine.path("/var/lib/dpkg/status")
+    status.write_text(f"{status.read_text().rstrip()}\n\n{older}Description: older than the artifact's\n")
+    machine.path("/var/lib/dpkg/info/nftables.list").write_text("/.\n")
+    had = machine.version("openssl")
     shutil.copy(tarballs[which], machine.path("/medium/node.tar.gz"))
     if which == "control-plane":
         foreign_data(machine)
@@ -261,10 +270,10 @@ def test_a_machine_that_fits_goes_on_to_its_units(machine: Machine, tarballs: di
         finally:
             process.kill()
     steps = [tuple(line.split(" ", 3)[1:3]) for line in journal.read_text().splitlines()]
-    order = ["medium", "verify", "machine", "place", "packages", "users", "units"]
+    order = ["medium", "verify", "machine", "place", "users", "packages", "units"]
     assert steps[:14] == [(step, state) for step in order for state in ("begun", "done")], "".join(said)
     assert "etcd:x:801:801:" in machine.path("/etc/passwd").read_text()
-    installed = machine.path("/var/lib/dpkg/info/nftables.list").exists()
-    assert installed, "the artifact's packages are installed"
+    assert machine.version("haproxy") == machine.version("nftables") == "1", "what was lacking or older is installed"
+    assert machine.version("openssl") == had != "1", "nothing becomes older"
     assert not machine.path("/var/lib/nodebake/installed").exists(), "it is not healthy yet"
     assert machine.path("/var/lib/nodebake/placed").exists()

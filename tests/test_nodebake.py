@@ -561,15 +561,15 @@ def test_what_first_boot_waits_for_and_since_when(worker: Baked, well: Callable[
 
 
 def test_a_later_run_goes_over_what_is_done(worker: Baked) -> None:
-    earlier = ["place begun putting", "place done", "users begun", "users done", "units begun", "units done"]
+    earlier = ["place begun putting", "place done", "packages begun apt", "packages done", "units begun", "units done"]
     worker.journal(
-        *lines("medium begun looking", "medium done x", *earlier, "medium begun looking", "packages begun apt")
+        *lines("medium begun looking", "medium done x", *earlier, "medium begun looking", "users begun making")
     )
     assert steps(worker.system) == {
         "medium": "done",
         "place": "done",
-        "packages": "under way",
-        **dict.fromkeys(["users", "units", "health", "clean", "report"], "not yet"),
+        "users": "under way",
+        **dict.fromkeys(["packages", "units", "health", "clean", "report"], "not yet"),
     }
 
 

@@ -40,9 +40,9 @@ MARKS = {
     "medium": "first-boot: verifying",
     "unpack and verify": "first-boot: checking that",
     "check the machine": "first-boot: putting files",
-    "place": "first-boot: installing Debian",
-    "packages": "first-boot: making users",
-    "users, modules, sysctl": "first-boot: starting",
+    "place": "first-boot: making users",
+    "users, modules, sysctl": "first-boot: installing Debian",
+    "packages": "first-boot: starting",
 }
 API, READY = "units to API ready", "API ready to all Ready"
 # By hand: each wave once the one before is up. Not in it: what a node does not need to be Ready (kube-proxy, images).
@@ -144,7 +144,8 @@ def steps_of(
         ends = [next((moment for moment, said in lines if said.startswith(text)), None) for lines in journals]
         through = max((end for end in ends if end is not None), default=reached)
         steps[step], reached = through - reached, through
-    api = next(moment for what, moment in seen if what == "API")
+    # The API may be ready before the last unit is started: it begins while packages are installed.
+    api = max(reached, next(moment for what, moment in seen if what == "API"))
     return {**steps, API: api - reached, READY: seen[-1][1] - api}
 
 

@@ -417,7 +417,7 @@ Gateway=192.168.10.1
 """
 
 
-STEPS = ("medium", "verify", "machine", "place", "packages", "users", "units", "health")
+STEPS = ("medium", "verify", "machine", "place", "users", "packages", "units", "health")
 
 
 def cut_at_each_step(machine: Machine) -> None:

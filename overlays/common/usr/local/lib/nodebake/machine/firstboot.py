@@ -10,7 +10,7 @@ from machine.system import System
 
 JOURNAL, INSTALLED = "/var/lib/nodebake/journal", "/var/lib/nodebake/installed"
 STEPS = (
-    *("medium", "verify", "machine", "place", "packages", "users", "units"),
+    *("medium", "verify", "machine", "place", "users", "packages", "units"),
     *("health", "clean", "report"),
 )
 _LINE = re.compile(r"(\S+) ([\w-]+) (begun|done|waiting|refused)(?: (.*))?")
