@@ -11,7 +11,7 @@ from typing import Any
 from tests.lab import workload
 from tests.lab.host import LabError
 from tests.lab.lab import Lab
-from tests.lab.machine import Machine, wait
+from tests.lab.machine import Machine
 
 told: list[str] = []  # figures of this run, for the end of the report
 
@@ -61,9 +61,9 @@ def wait_ready(lab: Lab, seconds: float, names: set[str] | None = None, clock: C
     """Until the API answers and these nodes (all, if none are named) are Ready."""
     clock = clock or Clock()
     wanted = names or {node.name for node in lab.cluster.kubelets}
-    wait(lambda: api_ready(lab), seconds, "an API server is ready")
+    lab.wait(lambda: api_ready(lab), seconds, "an API server is ready")
     clock.mark("API ready")
-    wait(lambda: ready_nodes(lab) >= wanted, seconds, f"nodes are Ready: {' '.join(sorted(wanted))}")
+    lab.wait(lambda: ready_nodes(lab) >= wanted, seconds, f"nodes are Ready: {' '.join(sorted(wanted))}")
     clock.mark("all Ready" if names is None else "nodes Ready")
     return clock
 
@@ -85,7 +85,7 @@ def wait_pods(lab: Lab, selector: str, count: int, seconds: float = 120) -> list
         pods = [pod for pod in items(lab, "pods", "-l", selector) if "deletionTimestamp" not in pod["metadata"]]
         return pods if len(pods) == count and all(condition(pod, "Ready") for pod in pods) else []
 
-    return wait(found, seconds, f"{count} pods {selector} are Ready")
+    return lab.wait(found, seconds, f"{count} pods {selector} are Ready")
 
 
 def runs_pods(lab: Lab) -> list[str]:
@@ -107,9 +107,9 @@ def everything_works(lab: Lab, clock: Clock | None = None) -> None:
     """The whole list. clock: told when the first Service answered."""
     names = runs_pods(lab)
     apply(lab, *workload.web())
-    address = wait(lambda: get(lab, "service", "web")["spec"]["clusterIP"], 30, "the Service has an address")
+    address = lab.wait(lambda: get(lab, "service", "web")["spec"]["clusterIP"], 30, "the Service has an address")
     # From the machine itself, which has no default route.
-    wait(
+    lab.wait(
         lambda: fetch_from_machine(lab, names[0], f"http://{address}/") in names, 120, "the ClusterIP answers a machine"
     )
     if clock:
@@ -146,7 +146,7 @@ def services_answer(lab: Lab, names: list[str], own: dict[str, str], address: st
 
 
 def pod_finds(lab: Lab, pod: str, name: str, address: str) -> None:
-    wait(lambda: looked_up(lab, pod, name) == address, 60, f"the pod {pod} finds {name}")
+    lab.wait(lambda: looked_up(lab, pod, name) == address, 60, f"the pod {pod} finds {name}")
 
 
 def looked_up(lab: Lab, pod: str, name: str) -> str:
@@ -157,11 +157,11 @@ def looked_up(lab: Lab, pod: str, name: str) -> str:
 
 
 def pod_reaches(lab: Lab, pod: str, url: str, names: list[str]) -> None:
-    wait(lambda: fetch_from_pod(lab, pod, url) in names, 60, f"the pod {pod} reaches {url}")
+    lab.wait(lambda: fetch_from_pod(lab, pod, url) in names, 60, f"the pod {pod} reaches {url}")
 
 
 def machine_reaches(lab: Lab, name: str, url: str, names: list[str]) -> None:
-    wait(lambda: fetch_from_machine(lab, name, url) in names, 60, f"the machine {name} reaches {url}")
+    lab.wait(lambda: fetch_from_machine(lab, name, url) in names, 60, f"the machine {name} reaches {url}")
 
 
 def storage_label_is_obeyed(lab: Lab) -> None:
@@ -184,7 +184,7 @@ def volume_keeps_its_data(lab: Lab) -> None:
 
 
 def wait_phase(lab: Lab, pod: str, phase: str, seconds: float = 60) -> None:
-    wait(lambda: get(lab, "pod", pod)["status"].get("phase") == phase, seconds, f"the pod {pod} has {phase}")
+    lab.wait(lambda: get(lab, "pod", pod)["status"].get("phase") == phase, seconds, f"the pod {pod} has {phase}")
 
 
 def components_are_healthy(lab: Lab) -> None:

@@ -8,10 +8,11 @@ from collections.abc import Generator
 import pytest
 
 from tests.lab import checks, host, lab
+from tests.lab.scenario import bake  # noqa: F401 # a fixture
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if (lack := host.lacking()) is not None:
+    if (lack := host.lacking({**host.PROGRAMS, **host.VIRTUAL_PROGRAMS})) is not None:
         if os.environ.get("CI") == "true":
             pytest.fail(lack, pytrace=False)
         pytest.skip(lack)

@@ -24,9 +24,27 @@ PROGRAMS = {
     "systemd-nspawn": "systemd-container",
     "unshare": "util-linux",
 }
+# And for virtual machines:
+VIRTUAL_PROGRAMS = {
+    "mkfs.ext4": "e2fsprogs",
+    "sfdisk": "fdisk",
+    "ssh": "openssh-client",
+    "ssh-keygen": "openssh-client",
+}
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 # What machines find in the kernel that they share with the host; the host may have to load it.
-MODULES = ("overlay", "veth", "bridge", "br_netfilter", "nf_conntrack", "nf_tables", "nft_ct", "vxlan", "macvlan")
+MODULES = (
+    "overlay",
+    "veth",
+    "bridge",
+    "br_netfilter",
+    "nf_conntrack",
+    "nf_tables",
+    "nft_ct",
+    "vxlan",
+    "macvlan",
+    "tun",
+)
 _WATCHERS = 8192
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -37,11 +55,12 @@ class LabError(BakeError):
     """Something that the lab's user can mend, or a machine that did not do what was waited for."""
 
 
-def lacking() -> str | None:
-    """Why no machine can run on this host and what helps, in one line; None: nothing is lacking."""
+def lacking(programs: Mapping[str, str] = PROGRAMS) -> str | None:
+    """Why no machine can run on this host and what helps, in one line; None: nothing is lacking. programs: program ->
+    Debian package."""
     if os.geteuid() != 0:
         return "the lab needs root: run it with sudo"
-    packages = {package for program, package in PROGRAMS.items() if shutil.which(program, path=PATH) is None}
+    packages = {package for program, package in programs.items() if shutil.which(program, path=PATH) is None}
     if not KEYRING.exists():
         packages.add("debian-archive-keyring")
     if packages:

@@ -7,38 +7,41 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 from recipes.kit import inventory
 from recipes.kit.model import Cluster
 from recipes.records import read_fetched
-from tests.lab import host, rootfs, runs
+from tests.lab import host, runs
+from tests.lab.container import Container
 from tests.lab.host import LAB, Argument
-from tests.lab.machine import Machine
+from tests.lab.machine import Machine, wait
 from tests.lab.namespaces import Namespaces
 from tests.lab.network import Switch
 from tests.lab.wire import Stray
 
 FAILED = LAB / "failed"
+_Value = TypeVar("_Value")
 alive: list[Lab] = []  # of this process
 
 
 class Lab:
     """build: the folder of one baked cluster, build/<cluster>. To be used by `with`.
 
-    Everything lives in namespaces that end with this process. When the block ends by an exception, what the machines
-    logged is kept.
+    kind: what its machines are, containers or virtual machines. Everything lives in namespaces that end with this
+    process. When the block ends by an exception, what the machines logged is kept.
     """
 
-    def __init__(self, build: Path, cluster: Cluster) -> None:
-        self.build, self.cluster = build.resolve(), cluster
+    def __init__(self, build: Path, cluster: Cluster, kind: type[Machine] = Container) -> None:
+        self.build, self.cluster, self._kind = build.resolve(), cluster, kind
         self.machines: dict[str, Machine] = {}  # those that were asked for
 
     def __enter__(self) -> Lab:
         host.prepare()
-        self._root = rootfs.obtain()
         with ExitStack() as stack:
             self.folder = stack.enter_context(runs.begun())
             self.inside = Namespaces()
@@ -61,7 +64,7 @@ class Lab:
         """A machine of the cluster: its empty disk, and its own ISO in the drive. Switched off at first."""
         if name not in self.machines:
             node = inventory.find(self.cluster, name)
-            made = Machine(node, self._root, self.folder / name, self.inside, self.switch)
+            made = self._kind(node, self.folder / name, self.inside, self.switch)
             made.insert(self.build / "seeds" / f"{name}.iso")
             self.machines[name] = made
         return self.machines[name]
@@ -70,6 +73,10 @@ class Lab:
         """The same machine, which is off, with a new and empty disk."""
         self.machines.pop(name).scrap()
         return self.machine(name)
+
+    def wait(self, condition: Callable[[], _Value], seconds: float, what: str) -> _Value:
+        """As wait() of machine.py, with the patience of this lab's machines."""
+        return wait(condition, seconds * self._kind.patience, what)
 
     @property
     def payload_volume(self) -> Path:
@@ -110,7 +117,7 @@ class Lab:
         ]
         context = [f"--context={self.cluster.name}-{on[0]}"] if on else []
         command = ["env", home, program, f"--kubeconfig={self.build / 'admin.conf'}", *context, *words]
-        return self.inside.run(command, check=check, stdin=stdin, timeout=timeout)
+        return self.inside.run(command, check=check, stdin=stdin, timeout=timeout * self._kind.patience)
 
     def strays(self) -> list[Stray]:
         """What machines sent so far to addresses outside of the cluster's networks."""

@@ -6,7 +6,6 @@ is their gateway too, since somebody has to be their router.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv4Network
 
 from recipes.kit.model import Cluster, Link, Node
@@ -41,17 +40,22 @@ class Switch:
 
     def plug_in(self, node: Node) -> str:
         """Fresh cards for a machine, in a network namespace of that name."""
-        network = node.network
-        if network.bond is not None or network.vlan is not None:
-            raise LabError(
-                "The lab has no bonds and no VLANs",
-                where=node.name,
-                remedy="Use a cluster file with one card for each machine, as in tests/lab/clusters.",
-            )
         self.unplug(node)
         namespace = f"m{self._numbers[node.name]}"
-        self._batch(f"netns add {namespace}", *self._cards(node, namespace))
+        lines = [f"netns add {namespace}"]
+        for link, port, mac in self._cards(node):
+            peer = f"peer name {card_name(link)} address {mac} mtu {self._mtu} netns {namespace}"
+            lines += [f"link add {port} mtu {self._mtu} type veth {peer}", f"link set {port} master {_BRIDGE} up"]
+        self._batch(*lines)
         return namespace
+
+    def taps(self, node: Node) -> list[tuple[str, str]]:
+        """Fresh ports for a virtual machine's cards: the tap device and the MAC address of each."""
+        self.unplug(node)
+        cards = [(port, mac) for _, port, mac in self._cards(node)]
+        for port, _ in cards:
+            self._batch(f"tuntap add {port} mode tap", f"link set {port} mtu {self._mtu} master {_BRIDGE} up")
+        return cards
 
     def unplug(self, node: Node) -> None:
         """The cards are gone, with everything that the machine's kernel knew: addresses, routes, rules."""
@@ -75,12 +79,20 @@ class Switch:
     def _ports(self, node: Node) -> list[str]:
         return [f"p{self._numbers[node.name]}n{number}" for number in range(len(node.network.links))]
 
-    def _cards(self, node: Node, namespace: str) -> Iterator[str]:
-        for number, (port, link) in enumerate(zip(self._ports(node), node.network.links, strict=True)):
-            mac = link.mac or (b"\2\0" + (256 * self._numbers[node.name] + number).to_bytes(4, "big")).hex(":")
-            peer = f"peer name {card_name(link)} address {mac} mtu {self._mtu} netns {namespace}"
-            yield f"link add {port} mtu {self._mtu} type veth {peer}"
-            yield f"link set {port} master {_BRIDGE} up"
+    def _cards(self, node: Node) -> list[tuple[Link, str, str]]:
+        """Each with its port and its MAC address."""
+        network = node.network
+        if network.bond is not None or network.vlan is not None:
+            raise LabError(
+                "The lab has no bonds and no VLANs",
+                where=node.name,
+                remedy="Use a cluster file with one card for each machine, as in tests/lab/clusters.",
+            )
+        found = []
+        for number, (port, link) in enumerate(zip(self._ports(node), network.links, strict=True)):
+            own = (b"\2\0" + (256 * self._numbers[node.name] + number).to_bytes(4, "big")).hex(":")
+            found.append((link, port, link.mac or own))
+        return found
 
     def _rules(self) -> str:
         known = [address for node in self._cluster.nodes for address in node.addresses]

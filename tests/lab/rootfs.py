@@ -1,8 +1,7 @@
-"""The machines' disk as their operator would install it: a minimal Debian 13 with cloud-init, made once and kept.
+"""Debian 13 roots, made once and kept: what containers boot, what virtual machines boot, and QEMU.
 
-It lacks what the artifact has to bring (HAProxy, conntrack, nftables, python3-cryptography ...). Network by
-systemd-networkd: netplan and ifupdown are left out, since netplan matches a card's permanent MAC address, which a veth
-does not have.
+A machine's root is as its operator would install it: a minimal Debian with cloud-init. It lacks what the artifact has
+to bring (HAProxy, conntrack, nftables, python3-cryptography ...).
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from recipes.kit.locks import locked
@@ -18,14 +18,13 @@ from tests.lab import host
 from tests.lab.host import KEYRING, LAB, Argument, LabError
 
 SUITE = "trixie"
-PACKAGES = (
+_MACHINE = (
     "ca-certificates",
     "cloud-init",
     "dbus",
     "init",
     "iproute2",
     "iputils-ping",
-    "libarchive-tools",  # for the lab: stands in for the kernel's driver of ISO 9660, see shims/usr/local/sbin/mount
     "libpam-systemd",
     "openssh-server",
     "systemd-resolved",
@@ -35,7 +34,6 @@ PACKAGES = (
 )
 _OPTIONS = (
     "--mode=root",
-    "--variant=minbase",
     "--format=directory",
     f"--keyring={KEYRING}",
     '--aptopt=APT::Install-Recommends "false"',
@@ -43,6 +41,10 @@ _OPTIONS = (
     "--dpkgopt=path-exclude=/usr/share/man/*",
     "--dpkgopt=path-exclude=/usr/share/doc/*",
     "--dpkgopt=path-exclude=/usr/share/locale/*",
+)
+_MACHINE_OPTIONS = (
+    *_OPTIONS,
+    "--variant=minbase",
     '--customize-hook=chroot "$1" systemctl --quiet enable systemd-networkd',
     # As in an image for clouds: nothing that one machine has for itself.
     '--customize-hook=rm -f "$1"/etc/ssh/ssh_host_* "$1"/etc/hostname "$1"/etc/resolv.conf',
@@ -51,33 +53,63 @@ _OPTIONS = (
 )
 
 
-def obtain(folder: Path = LAB / "rootfs") -> Path:
+@dataclass(frozen=True, slots=True)
+class Root:
+    """What a root is made from: Debian packages, and mmdebstrap's options."""
+
+    packages: tuple[str, ...]
+    options: tuple[str, ...]
+
+
+# Network by systemd-networkd: netplan and ifupdown are left out, since netplan matches a card's permanent MAC address,
+# which a veth does not have. libarchive-tools stands in for the kernel's driver of ISO 9660, see
+# shims/usr/local/sbin/mount.
+CONTAINER = Root((*_MACHINE, "libarchive-tools"), _MACHINE_OPTIONS)
+# As Debian's own images for clouds: netplan on top, a kernel for clouds, and what enlarges the disk at the first boot.
+VIRTUAL = Root(
+    (
+        *_MACHINE,
+        "cloud-guest-utils",
+        "e2fsprogs",
+        "fdisk",
+        "initramfs-tools",
+        "linux-image-cloud-amd64",
+        "netplan.io",
+        "sudo",
+    ),
+    _MACHINE_OPTIONS,
+)
+# Of this Debian too, whatever the host has: QEMU before version 10 takes minutes for what takes this one seconds.
+EMULATOR = Root(("qemu-system-x86", "qemu-utils"), (*_OPTIONS, "--variant=apt"))
+
+
+def obtain(root: Root = CONTAINER, folder: Path = LAB / "rootfs") -> Path:
     """The root, made now (about a minute) if it is not there: folder/<digest of what it is made from>. Never written
     to by machines. Raises LabError where the desk's mirrors have no Debian 13."""
-    wanted = json.dumps([SUITE, PACKAGES, _OPTIONS]).encode()
-    root = folder / hashlib.sha256(wanted).hexdigest()[:16]
+    wanted = json.dumps([SUITE, root.packages, root.options]).encode()
+    made = folder / hashlib.sha256(wanted).hexdigest()[:16]
     with locked(folder / "lock"):
-        if not root.exists():
-            _make(root)
-    return root
+        if not made.exists():
+            _make(root, made)
+    return made
 
 
-def _make(root: Path) -> None:
-    made = root.with_suffix(".part")
+def _make(root: Root, target: Path) -> None:
+    made = target.with_suffix(".part")
     told = []
     for mirror in mirrors():
         shutil.rmtree(made, ignore_errors=True)
         command: list[Argument] = [
             "mmdebstrap",
-            *_OPTIONS,
-            f"--include={','.join(PACKAGES)}",
+            *root.options,
+            f"--include={','.join(root.packages)}",
             SUITE,
             made,
             f"deb {mirror} {SUITE} main",
         ]
         done = host.run(command, check=False, timeout=1800)
         if done.returncode == 0:
-            made.rename(root)
+            made.rename(target)
             return
         told.append(f"{mirror}: {'; '.join(re.findall(r'^E: .*', done.stderr, re.MULTILINE)) or done.stderr[-500:]}")
     shutil.rmtree(made, ignore_errors=True)

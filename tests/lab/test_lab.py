@@ -370,7 +370,7 @@ def test_the_root_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """With a mirror that is a folder without anything, so that it is told."""
     monkeypatch.setattr(rootfs, "mirrors", lambda: [f"file:{tmp_path}/none"])
     with pytest.raises(LabError, match=r"No Debian 13 \(trixie\)") as told:
-        rootfs.obtain(tmp_path / "made")
+        rootfs.obtain(folder=tmp_path / "made")
     assert f"file:{tmp_path}/none" in str(told.value)
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["lock"]
     root = rootfs.obtain()
