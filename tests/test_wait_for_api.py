@@ -1,0 +1,130 @@
+"""What the kubelet and those beside an API server wait for it with: when it is content, and how often it asks."""
+
+from __future__ import annotations
+
+import http.client
+import importlib.machinery
+import importlib.util
+import random
+import ssl
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from recipes.kit import overlay
+
+sys.dont_write_bytecode = True  # the overlays' folder is baked as it is
+
+NOBODY = None
+
+
+def program() -> ModuleType:
+    path = str(overlay.OVERLAYS / "worker/usr/local/lib/nodebake/wait-for-api")
+    loader = importlib.machinery.SourceFileLoader("wait_for_api", path)
+    spec = importlib.util.spec_from_loader("wait_for_api", loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+class Server:
+    """Answers with these statuses, one after the other; NOBODY: the connection is refused."""
+
+    def __init__(self, *statuses: int | None) -> None:
+        self.left = list(statuses)
+        self.asked: list[tuple[str, int, dict[str, str]]] = []
+        self.pauses: list[float] = []
+        self.closed = 0
+
+    def connection(self, host: str, port: int, **_: object) -> Connection:
+        return Connection(self, host, port)
+
+
+class Connection:
+    def __init__(self, server: Server, host: str, port: int) -> None:
+        self._server, self._host, self._port = server, host, port
+
+    def request(self, method: str, path: str, headers: dict[str, str]) -> None:
+        assert (method, path) == ("GET", "/readyz")
+        self._server.asked.append((self._host, self._port, headers))
+        if self._server.left[0] is NOBODY:
+            self._server.left.pop(0)
+            raise ConnectionRefusedError
+
+    def getresponse(self) -> Answer:
+        status = self._server.left.pop(0)
+        assert status is not None
+        return Answer(status)
+
+    def close(self) -> None:
+        self._server.closed += 1
+
+
+class Answer:
+    def __init__(self, status: int) -> None:
+        self.status = status
+
+    def read(self) -> bytes:
+        return b""
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    monkeypatch.setattr(ssl, "create_default_context", lambda cafile: None)
+    monkeypatch.setattr(random, "uniform", lambda low, high: 1.0)
+    module = program()
+    monkeypatch.setattr(module, "JOINED", tmp_path / "joined.pem")
+    monkeypatch.setattr(module, "BOOTSTRAP", tmp_path / "bootstrap.conf")
+    return module
+
+
+def ask(waits: ModuleType, monkeypatch: pytest.MonkeyPatch, server: Server, *words: str) -> list[float]:
+    """The pauses between its questions, until it is content."""
+    monkeypatch.setattr(http.client, "HTTPSConnection", server.connection)
+    monkeypatch.setattr(time, "sleep", server.pauses.append)
+    waits.main(list(words))
+    assert server.left == []
+    return server.pauses
+
+
+def bootstrap(waits: ModuleType, server: str) -> None:
+    waits.BOOTSTRAP.write_text(f'clusters:\n  - cluster:\n      server: "{server}"\nuser:\n  token: "abc.def"\n')
+
+
+def test_the_own_api_server_is_asked_often(waits: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(*[NOBODY] * 20, 403, 500, 200)
+    assert set(ask(waits, monkeypatch, server)) == {0.1}
+    assert server.asked[-1] == ("127.0.0.1", 6443, {})
+    assert server.closed == 20, "a connection that works is kept"
+
+
+def test_who_has_joined_waits_for_nothing(waits: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits.JOINED.write_text("here")
+    assert ask(waits, monkeypatch, Server(), "token") == []
+
+
+def test_a_token_that_is_not_known_is_tried_ever_more_seldom(
+    waits: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bootstrap(waits, "https://192.168.10.9:6443")
+    server = Server(*[401] * 40, 200)
+    pauses = ask(waits, monkeypatch, server, "token")
+    assert server.asked[-1] == ("192.168.10.9", 6443, {"Authorization": "Bearer abc.def"})
+    assert pauses[0] == 0.25 and pauses == sorted(pauses) and pauses[-1] == 5
+    assert server.closed == sum(pause > 1 for pause in pauses), "asked seldom, another API server may answer"
+
+
+def test_once_somebody_is_there_it_is_asked_often_again(waits: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machines may be switched on hours before the API is there; then it cannot be long until the token is known."""
+    bootstrap(waits, "https://127.0.0.1:6443")
+    own = ask(waits, monkeypatch, Server(*[NOBODY] * 99, 401, 401, 200), "token")
+    assert max(own) == own[98] == 0.5, "a question to one's own balancer stays on this machine"
+    assert own[99:] == [0.25, 0.3]
+    bootstrap(waits, "https://192.168.10.9:6443")
+    others = ask(waits, monkeypatch, Server(*[NOBODY] * 99, 401, 200), "token")
+    assert max(others) == others[98] == 5, "thousands ask that one"
+    assert others[99:] == [0.25]
