@@ -124,6 +124,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
         machine.path("/run/systemd/system").mkdir(parents=True)
         for module in ("overlay", "br_netfilter", "nf_conntrack", "nf_tables", "vxlan"):
             machine.path(f"/sys/module/{module}").mkdir(parents=True)
+        machine.write("/sys/fs/cgroup/cgroup.controllers", "cpuset cpu io memory hugetlb pids rdma misc\n")
         if not machine.path("/dev/null").exists():
             host.run(["mknod", "-m", "666", machine.path("/dev/null"), "c", "1", "3"])
         machine.path("/medium").mkdir()
@@ -172,6 +173,10 @@ def taken_group(machine: Machine) -> None:
         file.write("kube-scheduler:x:77:\n")
 
 
+def lacking_controller(machine: Machine) -> None:
+    machine.write("/sys/fs/cgroup/cgroup.controllers", "cpuset cpu io hugetlb pids rdma misc\n")
+
+
 def lacking_module(machine: Machine) -> None:
     machine.path("/sys/module/vxlan").rmdir()
 
@@ -211,6 +216,7 @@ REFUSED: list[tuple[int, str, Callable[[Machine], None], str]] = [
     (92, "worker", taken_group, "kube-scheduler is '77'"),
     (93, "worker", unfit_package, "packages do not fit"),
     (94, "worker", lacking_module, "has no module vxlan"),
+    (95, "worker", lacking_controller, "has no control group controller memory"),
 ]
 
 
