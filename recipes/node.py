@@ -97,13 +97,15 @@ def inventory_document(cluster: Cluster, secrets: store.Secrets, generation: int
 
 
 def _control_plane(cluster: Cluster, secrets: store.Secrets, image: Mapping[str, str], generation: int) -> list[File]:
+    documents = {
+        "00-rights.yaml": objects.json_list(objects.rights(cluster)),
+        "10-cluster.yaml": objects.document(objects.static(cluster, image)),
+    }
     applied = [
         # For nodebake-controller; the operator's objects may be secret too.
-        File(
-            "/etc/nodebake/objects/10-cluster.yaml",
-            data=objects.document(objects.static(cluster, image)),
-            mode=0o600,
-            owner="nodebake",
+        *(
+            File(f"/etc/nodebake/objects/{name}", data=data, mode=0o600, owner="nodebake")
+            for name, data in documents.items()
         ),
         tokens.for_control_plane(cluster, secrets),
     ]

@@ -7,7 +7,8 @@ the tests): behind the air gap a mistyped field would be found only once the mac
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +35,20 @@ LABELS = {"app.kubernetes.io/managed-by": "nodebake"}
 Object = dict[str, Any]
 
 
+def rights(cluster: Cluster) -> list[Object]:
+    """Who may do what: all that machines need in order to join. Applied before everything else."""
+    return [*_bindings(cluster), *_controller(), *(_flannel() if cluster.pod_network == "flannel" else ())]
+
+
 def static(cluster: Cluster, image: Mapping[str, str]) -> list[Object]:
-    """The cluster's own objects, then the operator's, in the order in which they can be applied.
+    """The cluster's other objects, then the operator's, in the order in which they can be applied.
 
     image: name -> reference, of the images in the payload. Raises BakeErrors for mistakes in extraObjects.
     """
     return [
         *_namespaces(),
-        *_bindings(cluster),
-        *_controller(),
         *_priority_classes(),
         *_coredns(cluster, image["coredns"]),
-        *(_flannel() if cluster.pod_network == "flannel" else ()),
         *_storage(cluster),
         *operators(cluster.extra_objects),
     ]
@@ -55,6 +58,11 @@ def document(objects: Iterable[Object]) -> bytes:
     """Objects as one YAML stream; the same objects give the same bytes."""
     text: str = yaml.dump_all(objects, Dumper=_Dumper, explicit_start=True, sort_keys=False, width=1000)
     return text.encode()
+
+
+def json_list(objects: Sequence[Object]) -> bytes:
+    """Objects as a List in JSON, which is YAML too: nodebake-controller reads it with Python's own library."""
+    return json.dumps({"apiVersion": "v1", "kind": "List", "items": objects}, separators=(",", ":")).encode() + b"\n"
 
 
 def encryption_configuration(key: bytes) -> Object:

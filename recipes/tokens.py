@@ -6,10 +6,10 @@ what the bindings name, so no extra group is needed.
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 from typing import Any
 
+from recipes import objects
 from recipes.kit.kubeconfig import Credential, kubeconfig
 from recipes.kit.model import Cluster, File, Node, Origin
 from recipes.kit.store import Secrets, Token
@@ -47,15 +47,17 @@ def secret_object(node: Node, token: Token, install_by: datetime) -> dict[str, A
 
 
 def for_control_plane(cluster: Cluster, secrets: Secrets) -> File:
-    """The Secrets of every kubelet that may join, in the cluster file's order; denied machines have none.
-
-    A List as JSON, which is YAML too: nodebake-controller reads it with Python's own library, and kubectl would.
-    """
+    """The Secrets of every kubelet that may join, in the cluster file's order; denied machines have none."""
     items = [
         secret_object(node, secrets.tokens[node.name], secrets.install_by)
         for node in cluster.kubelets
         if not node.denied
     ]
-    data = json.dumps({"apiVersion": "v1", "kind": "List", "items": items}, separators=(",", ":")).encode() + b"\n"
     origin = Origin("bootstrap tokens", secrets.minted.date().isoformat(), "baked")
-    return File("/etc/nodebake/objects/90-tokens.yaml", data=data, mode=0o600, owner="nodebake", origin=origin)
+    return File(
+        "/etc/nodebake/objects/90-tokens.yaml",
+        data=objects.json_list(items),
+        mode=0o600,
+        owner="nodebake",
+        origin=origin,
+    )

@@ -49,6 +49,8 @@ def test_a_control_plane_has_what_the_cluster_is_started_from(cluster: Cluster, 
     encryption = files["/etc/kubernetes/encryption.yaml"]
     assert (encryption.mode, encryption.owner) == (0o600, "kube-apiserver")
     tokens = files["/etc/nodebake/objects/90-tokens.yaml"]
+    rights = files["/etc/nodebake/objects/00-rights.yaml"]
+    assert (rights.mode, rights.owner) == (0o600, "nodebake")
     assert tokens.mode == 0o600 and (tokens.data or b"").count(b"bootstrap.kubernetes.io/token") == 6
     inventory = json.loads(files["/etc/nodebake/inventory.json"].data or b"")
     assert files["/etc/nodebake/inventory.json"].mode == 0o600

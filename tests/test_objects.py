@@ -37,23 +37,24 @@ CLUSTERS = [
 ]
 
 
+def everything(cluster: Cluster) -> list[dict[str, Any]]:
+    return [*objects.rights(cluster), *objects.static(cluster, IMAGES)]
+
+
 def named(cluster: Cluster) -> dict[tuple[str, str], dict[str, Any]]:
-    return {(one["kind"], one["metadata"]["name"]): one for one in objects.static(cluster, IMAGES)}
+    return {(one["kind"], one["metadata"]["name"]): one for one in everything(cluster)}
 
 
 @pytest.mark.parametrize("cluster", CLUSTERS)
 def test_every_object_is_valid(cluster: Cluster) -> None:
-    for one in objects.static(cluster, IMAGES):
+    for one in everything(cluster):
         kubernetes_validate.validate(one, "1.37", strict=True)
         assert one["metadata"]["labels"]["app.kubernetes.io/managed-by"] == "nodebake"
 
 
 @pytest.mark.parametrize("cluster", CLUSTERS)
 def test_no_object_stands_twice(cluster: Cluster) -> None:
-    keys = [
-        (one["kind"], one["metadata"].get("namespace"), one["metadata"]["name"])
-        for one in objects.static(cluster, IMAGES)
-    ]
+    keys = [(one["kind"], one["metadata"].get("namespace"), one["metadata"]["name"]) for one in everything(cluster)]
     assert len(keys) == len(set(keys))
 
 
@@ -63,12 +64,23 @@ def test_a_document_is_stable_and_reads_back() -> None:
     assert written == objects.document(objects.static(STORED, IMAGES))
     assert list(yaml.safe_load_all(written)) == made
     assert b"&id" not in written
+    rights = objects.rights(STORED)
+    assert yaml.safe_load(objects.json_list(rights)) == {"apiVersion": "v1", "kind": "List", "items": rights}
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_rights_are_roles_and_bindings_alone(cluster: Cluster) -> None:
+    """So nodebake-controller finds where each lies, and none waits for anything that is not yet there."""
+    for one in objects.rights(cluster):
+        assert one["apiVersion"] == "rbac.authorization.k8s.io/v1"
+        assert one["kind"].removeprefix("Cluster") in ("Role", "RoleBinding")
+        assert one["metadata"].get("namespace") in (None, "kube-system")
 
 
 def bound(cluster: Cluster) -> set[tuple[str, str]]:
     return {
         (one["roleRef"]["name"], subject["name"])
-        for one in objects.static(cluster, IMAGES)
+        for one in everything(cluster)
         if one["kind"] == "ClusterRoleBinding"
         for subject in one["subjects"]
     }

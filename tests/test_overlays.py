@@ -494,7 +494,8 @@ def test_the_api_server_takes_the_objects(machine: Layout, api_server: Running, 
     volume = LocalVolume(name="data", path="/mnt", size="1Gi", storage_class="local")
     cluster = replace(machine.cluster, approval="group", storage_classes=("local",))
     cluster = replace(cluster, nodes=(replace(machine.node, volumes=(volume,)),))
-    manifest.write_bytes(objects.document(objects.static(cluster, IMAGES)))
+    made = [*objects.rights(cluster), *objects.static(cluster, IMAGES)]
+    manifest.write_bytes(objects.document(made))
     assert machine.binaries is not None
     command = [
         str(machine.binaries / "kubectl"),
@@ -515,7 +516,7 @@ def test_the_api_server_takes_the_objects(machine: Layout, api_server: Running, 
     api_server.until_true(applied, "took the objects", 15)
     told = answers[-1]
     assert "Warning" not in told.stderr
-    assert told.stdout.count("serverside-applied") == len(objects.static(cluster, IMAGES))
+    assert told.stdout.count("serverside-applied") == len(made)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ ORDER = [
     ["kit.choices", "kit.download", "kit.registry", "kit.unpack", "kit.gotool"],
     ["kit.formats", "kit.places", "kit.clusterfile", "kit.inventory"],
     ["kit.overlay", "kit.archive", "kit.manifest", "kit.profiles", "kit.pki", "kit.kubeconfig", "kit.store"],
-    ["components", "records", "binaries", "packages", "images", "certificates", "tokens", "objects"],
+    ["components", "records", "binaries", "packages", "images", "certificates", "objects", "tokens"],
     ["payload", "node"],
     ["seed"],
     ["audit", "bake", "report"],

@@ -17,6 +17,7 @@ from controller.log import Expected
 Json = dict[str, Any]
 
 MERGE = "application/merge-patch+json"
+APPLY = "application/apply-patch+yaml"  # of which JSON is a part
 # Objects without their contents: of Secrets, nothing secret ever comes here.
 METADATA = "application/json;as=PartialObjectMetadata;v=v1;g=meta.k8s.io"
 METADATA_LIST = "application/json;as=PartialObjectMetadataList;v=v1;g=meta.k8s.io"

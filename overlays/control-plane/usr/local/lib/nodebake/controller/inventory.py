@@ -16,7 +16,7 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -70,7 +70,8 @@ class Artifact:
     """What this machine was given."""
 
     inventory: Inventory
-    objects: Path  # the cluster's objects, YAML
+    rights: Sequence[Json]  # the objects that everything else hangs on: roles and bindings
+    objects: Path  # all others, YAML
     tokens: Mapping[str, Json] = field(repr=False)  # token id -> Secret
 
 
@@ -119,17 +120,24 @@ def read_artifact(folder: Path) -> Artifact:
     for name, digest in json.loads(document)["objects"].items():
         if hashlib.sha256((folder / "objects" / name).read_bytes()).hexdigest() != digest:
             raise ValueError(f"objects/{name} is of another artifact")
-    secrets: list[Json] = json.loads((folder / "objects" / "90-tokens.yaml").read_bytes())["items"]
+    secrets = _items(folder / "objects" / "90-tokens.yaml")
     return Artifact(
         inventory=parse(document),
+        rights=_items(folder / "objects" / "00-rights.yaml"),
         objects=folder / "objects" / "10-cluster.yaml",
         tokens={secret["stringData"]["token-id"]: secret for secret in secrets},
     )
 
 
+def _items(file: Path) -> list[Json]:
+    """Of a List, which is JSON: the machine's Python reads no other YAML."""
+    items: list[Json] = json.loads(file.read_bytes())["items"]
+    return items
+
+
 def signature(folder: Path) -> tuple[tuple[int, int, int], ...]:
     """Something that changes whenever a file of the artifact is written anew."""
-    names = ("inventory.json", "objects/10-cluster.yaml", "objects/90-tokens.yaml")
+    names = ("inventory.json", *(f"objects/{name}.yaml" for name in ("00-rights", "10-cluster", "90-tokens")))
     found = [path.stat() for path in (folder / name for name in names) if path.exists()]
     return tuple((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in found)
 

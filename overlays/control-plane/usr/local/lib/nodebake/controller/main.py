@@ -21,7 +21,7 @@ from controller.approve import REQUESTS, Approver, undecided
 from controller.credentials import Authority, Identity
 from controller.inventory import NAME, NODES, Inventory, Published, published
 from controller.labels import Labeller, Seen
-from controller.log import Expected, Trouble, say
+from controller.log import Trouble, say
 from controller.mirror import Mirror
 from controller.objects import CONFIG_MAPS, Applier, Place
 from controller.tokens import SECRETS, TYPE, Token, Tokens
@@ -160,19 +160,21 @@ class Controller:
             self.approver.work.add_all(self.requests.names())
 
     def _wait_for_server(self) -> None:
-        trouble = Trouble(f"the API server {self._place.server}")
+        """Until it answers at all: for system:masters a new one does all before it is ready, which is when it has its
+        own roles, a second later."""
+        trouble = Trouble(f"the API server {self._place.server}", longest=1)
         api = self._api()
         while True:
             try:
                 api.ready()
                 break
-            except Refused as refused:
-                time.sleep(trouble.wait(Expected(f"it is not ready yet ({refused.code})")))
+            except Refused:
+                break
             except OSError as error:
                 time.sleep(trouble.wait(error))
         api.close()
         _notify(f"READY=1\nSTATUS=speaks with {self._place.server}")
-        say(f"the API server {self._place.server} is ready")
+        say(f"the API server {self._place.server} answers")
 
 
 def _start(name: str, loop: Callable[[], object]) -> None:

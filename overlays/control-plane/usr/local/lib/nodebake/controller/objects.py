@@ -1,10 +1,11 @@
 """Applies the cluster's objects, whoever's artifact is newest, until the API server has taken every one.
 
-A round: write the inventory, take the lease, look once more whether nobody else was quicker, apply, and last of all
-write that this generation was applied. The inventory goes first and waits for nobody: a machine that is denied shall be
-so at once, and objects of the operator may not be taken before machines have joined (a webhook that answers for them
-runs as a pod). A control plane that is killed anywhere in between, or another one, finds `applied` behind and does the
-round again. Whose artifact is older than what the cluster holds applies nothing.
+A round: write the inventory, take the lease, look once more whether nobody else was quicker, apply the rights and then,
+with kubectl, the other objects, and last of all write that this generation was applied. With the rights machines join
+and the daemon's other threads begin, while kubectl is still at work. The inventory goes first and waits for nobody: a
+machine that is denied shall be so at once, and objects of the operator may not be taken before machines have joined (a
+webhook that answers for them runs as a pod). A control plane that is killed anywhere in between, or another one, finds
+`applied` behind and does the round again. Whose artifact is older than what the cluster holds applies nothing.
 
 A new API server takes its first bindings from system:masters alone. So a certificate of that group is minted for a
 round, and removed with it. Where the daemon's own rights were taken away, that counts as objects to apply.
@@ -16,12 +17,12 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from controller.api import Api, Refused
+from controller.api import APPLY, Api, Json, Refused
 from controller.credentials import Authority, Identity
 from controller.inventory import NAME, NAMESPACE, Artifact, Published, config_map, published, read_artifact, signature
 from controller.lease import ANSWERED, SECONDS, Lease
@@ -34,6 +35,8 @@ _AGAIN = 300.0  # seconds after which the cluster is asked again without any rea
 _APPLIED_WITHIN = 540.0  # seconds for kubectl: the certificate's life
 _WAITING = 120.0  # seconds to wait for the lease with one certificate
 _RENEWED = SECONDS / 5
+_TRIES = 40  # to find that what was just applied is heeded: an API server sees it a moment later
+_MANAGER = "nodebake"  # of the fields that are applied
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,12 +163,13 @@ class Applier:
         while not lease.take():
             if time.monotonic() > until:
                 raise Expected("another control plane is applying")
-            time.sleep(2)
+            time.sleep(0.5)
             if not self._due(artifact):
                 return
         try:
             if not self._due(artifact):
                 return
+            self._grant(api, artifact.rights, lease)
             self._kubectl(artifact.objects, lease)
             lease.renew()
             found = _get(api)
@@ -175,12 +179,29 @@ class Applier:
         finally:
             lease.release()
 
+    def _grant(self, api: Api, rights: Sequence[Json], lease: Lease) -> None:
+        """Applies the rights, and sees to it that ours are heeded."""
+        renewed = time.monotonic()
+        for one in rights:
+            if time.monotonic() - renewed > _RENEWED:
+                lease.renew()
+                renewed = time.monotonic()
+            api.call("PATCH", _path(one), one, query={"fieldManager": _MANAGER, "force": "true"}, kind=APPLY)
+        for _ in range(_TRIES):
+            try:
+                self._seen()
+                return
+            except Refused as refused:
+                if refused.code != 403:
+                    raise
+            time.sleep(0.05)
+
     def _kubectl(self, objects: Path, lease: Lease) -> None:
         place, certificate = self._place, self._masters.file
         self._masters.remove()
         self._masters.fresh()  # with its whole life before it
         command = [
-            *(str(place.kubectl), "apply", "--server-side", "--force-conflicts", "--field-manager=nodebake"),
+            *(str(place.kubectl), "apply", "--server-side", "--force-conflicts", f"--field-manager={_MANAGER}"),
             *("--kubeconfig=/dev/null", f"--server={place.server}"),
             f"--certificate-authority={place.authority.certificate}",
             *(f"--client-certificate={certificate}", f"--client-key={certificate}"),
@@ -218,6 +239,13 @@ class Applier:
         if text != self._told:
             self._told = text
             say(f"cluster objects: {text}")
+
+
+def _path(right: Json) -> str:
+    """Where a role or a binding lies."""
+    metadata = right["metadata"]
+    folder = f"/namespaces/{metadata['namespace']}" if "namespace" in metadata else ""
+    return f"/apis/{right['apiVersion']}{folder}/{right['kind'].lower()}s/{metadata['name']}"
 
 
 def _get(api: Api) -> Published | None:
