@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -57,6 +58,10 @@ class Machine:
 
     def command(self) -> list[str]:
         return ["chroot", str(self.root), "/bin/sh", "/medium/first-boot", "install", "--medium", "/medium"]
+
+    @property
+    def journal(self) -> str:
+        return self.path("/var/lib/nodebake/journal").read_text()
 
     def first_boot(self) -> subprocess.CompletedProcess[str]:
         return subprocess.run(self.command(), capture_output=True, text=True, timeout=120)
@@ -241,7 +246,7 @@ def test_a_machine_that_does_not_fit_is_refused_unchanged(
     left = {path.name for path in machine.path("/var/lib/nodebake").iterdir()}
     assert left == {"lock", "journal", "first-boot", "medium"}
     refusal = done.stderr.splitlines()[0].removeprefix("first-boot: ")
-    assert f"machine refused {refusal}\n" in machine.path("/var/lib/nodebake/journal").read_text()
+    assert f"machine refused {refusal}\n" in machine.journal
 
 
 def test_too_small_a_disk_is_refused(machine: Machine, tarballs: dict[str, Path]) -> None:
@@ -249,6 +254,23 @@ def test_too_small_a_disk_is_refused(machine: Machine, tarballs: dict[str, Path]
     os.truncate(machine.path("/medium/node.tar.gz"), 1 << 40)  # a sparse file that nothing could hold
     done = machine.first_boot()
     assert done.returncode == 88 and "MiB are needed" in done.stderr, done.stderr
+
+
+def until_it_waits(machine: Machine) -> str:
+    """Runs first boot until it waits for health; what it said."""
+    with subprocess.Popen(
+        machine.command(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            said = []
+            for line in process.stdout:
+                said.append(line)
+                if "waiting until this machine is healthy" in line:
+                    break
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)  # with what it runs, as a power cut would
+    return "".join(said)
 
 
 @pytest.mark.parametrize("which", ["worker", "control-plane"])
@@ -264,22 +286,40 @@ def test_a_machine_that_fits_goes_on_to_its_units(machine: Machine, tarballs: di
         foreign_data(machine)
         machine.path("/var/lib/etcd/member").rmdir()
     machine.path("/usr/local/bin").mkdir(exist_ok=True)
-    journal = machine.path("/var/lib/nodebake/journal")
-    with subprocess.Popen(machine.command(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        try:
-            assert process.stdout is not None
-            said = []
-            for line in process.stdout:
-                said.append(line)
-                if "waiting until this machine is healthy" in line:
-                    break
-        finally:
-            process.kill()
-    steps = [tuple(line.split(" ", 3)[1:3]) for line in journal.read_text().splitlines()]
+    said = until_it_waits(machine)
+    steps = [tuple(line.split(" ", 3)[1:3]) for line in machine.journal.splitlines()]
     order = ["medium", "verify", "machine", "place", "users", "packages", "units"]
-    assert steps[:14] == [(step, state) for step in order for state in ("begun", "done")], "".join(said)
+    assert steps[:14] == [(step, state) for step in order for state in ("begun", "done")], said
     assert "etcd:x:801:801:" in machine.path("/etc/passwd").read_text()
     assert machine.version("haproxy") == machine.version("nftables") == "1", "what was lacking or older is installed"
     assert machine.version("openssl") == had != "1", "nothing becomes older"
     assert not machine.path("/var/lib/nodebake/installed").exists(), "it is not healthy yet"
     assert machine.path("/var/lib/nodebake/placed").exists()
+
+
+# ---- a later artifact
+
+
+@pytest.fixture
+def installed(machine: Machine, tarballs: dict[str, Path]) -> Machine:
+    """worker-1 with the sample cluster's artifact; systemctl only writes down what it is told."""
+    machine.write("/usr/local/sbin/systemctl", '#!/bin/sh\necho "$*" >>/var/lib/nodebake/systemctl.log\n')
+    machine.path("/usr/local/sbin/systemctl").chmod(0o755)
+    shutil.copy(tarballs["worker"], machine.path("/medium/node.tar.gz"))
+    until_it_waits(machine)
+    shutil.copy(machine.path("/var/lib/nodebake/placed"), machine.path("/var/lib/nodebake/installed"))
+    return machine
+
+
+def test_units_that_only_an_earlier_artifact_brought_are_stopped(installed: Machine) -> None:
+    for name in ("installed", "placed"):
+        installed.write(f"/var/lib/nodebake/{name}", "of an earlier one\n")
+    old = ("etc/systemd/system/old.service", "etc/systemd/system/old.timer", "etc/old")
+    with installed.path("/opt/nodebake/manifest/payload.tree").open("a") as tree:
+        for name in old:
+            installed.write(name, "")
+            tree.write(f"f 644 0 {name}\n")
+    said = until_it_waits(installed)
+    told = installed.path("/var/lib/nodebake/systemctl.log").read_text().splitlines()
+    assert "--no-block stop old.service old.timer" in told, said
+    assert not any(installed.path(name).exists() for name in old)
