@@ -244,7 +244,7 @@ def test_a_machine_that_does_not_fit_is_refused_unchanged(
     assert said in done.stderr and "->" in done.stderr
     assert machine.files() == before, "a refused machine is as it was"
     left = {path.name for path in machine.path("/var/lib/nodebake").iterdir()}
-    assert left == {"lock", "journal", "first-boot", "medium"}
+    assert left == {"lock", "journal", "first-boot"}
     refusal = done.stderr.splitlines()[0].removeprefix("first-boot: ")
     assert f"machine refused {refusal}\n" in machine.journal
 
@@ -309,6 +309,50 @@ def installed(machine: Machine, tarballs: dict[str, Path]) -> Machine:
     until_it_waits(machine)
     shutil.copy(machine.path("/var/lib/nodebake/placed"), machine.path("/var/lib/nodebake/installed"))
     return machine
+
+
+def no_artifact(machine: Machine) -> None:
+    machine.path("/medium/node.tar.gz").unlink()
+
+
+def damaged_artifact(machine: Machine) -> None:
+    path = machine.path("/medium/node.tar.gz")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def unfit_packages(machine: Machine) -> None:
+    """Another artifact than the one that is installed, with a package that may not be installed here."""
+    machine.write("/var/lib/nodebake/installed", "of an earlier one\n")
+    machine.write("/var/lib/nodebake/placed", "of an earlier one\n")
+    status = machine.path("/var/lib/dpkg/status")
+    kept = [each for each in status.read_text().split("\n\n") if not each.startswith("Package: haproxy\n")]
+    status.write_text("\n\n".join(kept))
+    unfit_package(machine)
+
+
+@pytest.mark.parametrize(("code", "change"), [(66, no_artifact), (65, damaged_artifact), (93, unfit_packages)])
+def test_a_wrong_artifact_leaves_an_installed_machine_as_it_is(
+    installed: Machine, code: int, change: Callable[[Machine], None]
+) -> None:
+    change(installed)
+    before = installed.files()
+    done = installed.first_boot()
+    assert done.returncode == code, done.stdout + done.stderr
+    assert installed.files() == before
+    assert installed.path("/var/lib/nodebake/installed").exists()
+
+
+def test_a_run_that_goes_on_needs_no_medium_any_more(installed: Machine) -> None:
+    installed.path("/var/lib/nodebake/installed").unlink()
+    damaged_artifact(installed)
+    command = ["chroot", str(installed.root), "/bin/sh", "/medium/first-boot", "install"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert "looking for this machine's artifact" in process.stdout.readline()
+        assert "making users and folders" in process.stdout.readline()
+        process.kill()
 
 
 def test_units_that_only_an_earlier_artifact_brought_are_stopped(installed: Machine) -> None:
