@@ -539,6 +539,20 @@ def test_a_refusal_is_told(worker: Baked, well: Callable[..., None]) -> None:
     assert re.search(r"machine +refused +since 2026-12-01 10:00:03 UTC \(.*\) +swap is on", text)
 
 
+def test_a_later_artifact_that_was_refused_is_not_what_is_installed(worker: Baked, well: Callable[..., None]) -> None:
+    well()
+    worker.install()
+    worker.journal(
+        *lines("medium begun looking", "medium done /run/x", "verify begun checking", "verify done as worker-1"),
+        *lines("report begun worker-1 is up", "report done"),
+        *lines("medium begun looking", "medium done /root", "verify begun checking", "verify refused a signature"),
+    )
+    found = status.gather(worker.system)
+    assert found.healthy
+    texts = {step.name: (step.state, step.text) for step in found.first_boot.steps}
+    assert texts == {"medium": ("done", "/run/x"), "verify": ("done", "as worker-1"), "report": ("done", "")}
+
+
 def test_what_first_boot_waits_for_and_since_when(worker: Baked, well: Callable[..., None]) -> None:
     """Everything that is missing is told anew whenever it changes."""
     well({"containerd.service": STARTING, "kubelet.service": AGAIN})
@@ -704,8 +718,13 @@ def test_apply_hands_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with monkeypatch.context() as patched:
         patched.setattr(subprocess, "run", called)
         assert program.main(["apply", str(tmp_path)]) == 73
-    assert calls[0] == ["systemctl", "stop", "nodebake-first-boot.service"]
-    assert calls[1][0] == "systemd-run" and calls[1][-4:] == [first_boot, "install", "--medium", str(tmp_path)]
+    assert ["systemctl", "stop", "nodebake-first-boot.service"] in calls
+    began = next(call for call in calls if call[0] == "systemd-run")
+    assert began[-4:] == [first_boot, "install", "--medium", str(tmp_path)]
+    assert "--property=OnFailure=nodebake-first-boot.service" in began, "so it goes on when it is killed"
+    assert any(call[0] == "journalctl" and "--unit=nodebake-apply.service" in call for call in calls), "it tells why"
+    forget = ["systemctl", "reset-failed", "nodebake-apply.service"]
+    assert calls[0] == calls[-1] == forget, "another one can be applied"
     assert (overlay.OVERLAYS / "common" / first_boot.lstrip("/")).exists()
     assert nodebake("apply", tmp_path / "gone", fails=2).startswith("nodebake: there is no folder")
 

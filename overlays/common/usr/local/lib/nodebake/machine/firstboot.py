@@ -58,6 +58,9 @@ def look(system: System) -> FirstBoot:
     events = _events(system.text(JOURNAL, tail=True) or "")
     if not events:
         return FirstBoot(installed, [], [])
+    if installed:  # a later artifact that was refused since then changed nothing
+        ends = [place for place, event in enumerate(events) if (event.step, event.state) == (STEPS[-1], "done")]
+        events = events[: ends[-1] + 1] if ends else events
     # Each run begins anew with the first step, and goes over what an earlier one has done.
     begins = [place for place, event in enumerate(events) if (event.step, event.state) == (STEPS[0], "begun")]
     last_run = events[begins[-1] :] if begins else events

@@ -16,6 +16,11 @@ from machine.system import System
 HEALTHY, UNHEALTHY, USAGE = 0, 1, 2
 FIRST_BOOT = "/opt/nodebake/first-boot"
 FIRST_BOOT_UNIT = "nodebake-first-boot.service"
+APPLY_UNIT = "nodebake-apply.service"
+LAST_WORDS = [
+    *("journalctl", "--quiet", f"--unit={APPLY_UNIT}", "--invocation=0", "--identifier=first-boot"),
+    *("--output=cat", "--lines=10"),
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,16 +99,29 @@ def _diagnose(system: System, output: Path | None) -> int:
 
 
 def _apply(folder: Path) -> int:
-    """As a unit of its own: it goes on when the session that began it ends, and first boot's unit after a power cut."""
+    """As a unit of its own: it goes on when the session that began it ends. Where it ends too early, first boot's unit
+    goes on, which does nothing on a machine that was left as it was."""
     if not folder.is_dir():
         return _fail(f"there is no folder {folder}", USAGE)
-    command = ["systemd-run", "--quiet", "--collect", "--wait", "--unit=nodebake-apply"]
+    command = ["systemd-run", "--quiet", "--collect", "--wait", f"--unit={APPLY_UNIT}"]
+    command.append(f"--property=OnFailure={FIRST_BOOT_UNIT}")
     try:
+        _forget_failure()
         subprocess.run(["systemctl", "stop", FIRST_BOOT_UNIT], check=True)  # it may wait for an earlier artifact
-        print("what it does: journalctl --follow --unit nodebake-apply", flush=True)
-        return subprocess.run([*command, FIRST_BOOT, "install", "--medium", folder.absolute()]).returncode
+        print(f"what it does: journalctl --follow --unit {APPLY_UNIT}", flush=True)
+        code = subprocess.run([*command, FIRST_BOOT, "install", "--medium", folder.absolute()]).returncode
+        if code != 0:
+            subprocess.run(["journalctl", "--sync"])
+            subprocess.run(LAST_WORDS, stdout=sys.stderr)
+            _forget_failure()
+        return code
     except (OSError, subprocess.CalledProcessError) as error:
         return _fail(f"{FIRST_BOOT} cannot be run: {error}", UNHEALTHY)
+
+
+def _forget_failure() -> None:
+    """systemd may hold a unit that failed, collected or not, and then takes no other one with its name."""
+    subprocess.run(["systemctl", "reset-failed", APPLY_UNIT], stderr=subprocess.DEVNULL)
 
 
 def _fail(text: str, code: int) -> int:
