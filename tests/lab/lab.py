@@ -76,7 +76,7 @@ class Lab:
 
     def wait(self, condition: Callable[[], _Value], seconds: float, what: str) -> _Value:
         """As wait() of machine.py, with the patience of this lab's machines."""
-        return wait(condition, seconds * self._kind.patience, what)
+        return wait(condition, seconds * self._kind.patience, what, self._kind.pause)
 
     @property
     def payload_volume(self) -> Path:

@@ -24,8 +24,9 @@ class WentOff(BakeError):
     """A machine that was waited for ended. No LabError: waiting on is in vain."""
 
 
-def wait(condition: Callable[[], _Value], seconds: float, what: str) -> _Value:
-    """Asks until the answer is true, and gives it back; errors count as no. Raises LabError with the last of them."""
+def wait(condition: Callable[[], _Value], seconds: float, what: str, pause: float = 0.2) -> _Value:
+    """Asks until the answer is true, and gives it back; errors count as no. Raises LabError with the last of them.
+    pause: seconds from an answer to the next question."""
     deadline = time.monotonic() + seconds
     while True:
         told = ""
@@ -36,13 +37,14 @@ def wait(condition: Callable[[], _Value], seconds: float, what: str) -> _Value:
             told = f": {error}"
         if time.monotonic() > deadline:
             raise LabError(f"Not after {seconds:g} s: {what}{told}")
-        time.sleep(0.2)
+        time.sleep(pause)
 
 
 class Machine(ABC):
     """node: of the cluster. folder: for its disk and drives. Switched off until power_on()."""
 
     patience: ClassVar[float] = 1  # how many times as long as a container it may take for anything
+    pause: ClassVar[float] = 0.2  # seconds between questions to it, which cost it something
 
     def __init__(self, node: Node, folder: Path, inside: Namespaces, switch: Switch) -> None:
         self.node, self.name = node, node.name
@@ -144,7 +146,7 @@ class Machine(ABC):
                 raise WentOff(f"It went off while it was waited for: {what}\n{self.console[-2000:]}", where=self.name)
             return condition()
 
-        return wait(asked, seconds * self.patience, f"{self.name}: {what}")
+        return wait(asked, seconds * self.patience, f"{self.name}: {what}", self.pause)
 
     def wait_booted(self, seconds: float = 120) -> str:
         """Until cloud-init is through, and says "done", or "error: ..."."""

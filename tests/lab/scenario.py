@@ -72,6 +72,13 @@ def power_on(lab: Lab, *names: str) -> Clock:
     return clock
 
 
+def snapshot(machine: Machine) -> str:
+    """Every file that is not a workload's or a log's, one a line: its path, then what changes when it is written."""
+    return machine.run(
+        "find /etc /usr /opt /var/lib/nodebake -xdev ! -type d -printf '%p %s %T@ %i\\n' | sort", timeout=120
+    ).stdout
+
+
 def settled(lab: Lab, clock: Clock) -> None:
     """Ready, everything works, first boot is over, nobody asked outside."""
     wait_ready(lab, BOOT, None, clock)
@@ -108,7 +115,7 @@ def writing(lab: Lab, name: str) -> Iterator[Load]:
     try:
         yield load
     finally:
-        machine.run("pkill -f run/writer/key", check=False)
+        machine.run("pkill -f run/writer/[k]ey", check=False)
         machine.run("rm -rf /run/writer")
         told, _ = process.communicate(timeout=30)
     for line in told.splitlines():

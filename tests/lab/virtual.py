@@ -52,7 +52,7 @@ class VirtualMachine(Machine):
     own), other_cards (MAC addresses of cards without a cable).
     """
 
-    patience = 4
+    patience, pause = 4, 2
 
     def __init__(self, node: Node, folder: Path, inside: Namespaces, switch: Switch) -> None:
         super().__init__(node, folder, inside, switch)
