@@ -142,9 +142,40 @@ def task_node() -> Iterator[Task]:
         }
 
 
+def task__base() -> Task:
+    """tell what the desk lacks to make disk images, before a bake that may take long"""
+    return {"actions": [action(bake().check_base, arch) for arch in sorted({node.arch for node in wanted_nodes()})]}
+
+
+def task_base() -> Iterator[Task]:
+    """make or fetch the disk that disk images begin with"""
+    for arch in architectures():
+        yield {
+            "name": arch,
+            "actions": [action(bake().make_base, arch)],
+            "task_dep": ["_base", "_store"],
+            "targets": bake().base_files(arch),
+            "uptodate": [Same(bake().inputs_of_base, arch), still(bake().record("bases", arch))],
+            "clean": True,
+        }
+
+
+def task_image() -> Iterator[Task]:
+    """bake one machine's disk image: a Debian that boots, and its seed on the same disk"""
+    for node in wanted_nodes():
+        yield {
+            "name": node.name,
+            "actions": [action(bake().make_disk, node)],
+            "task_dep": ["_base"],
+            "file_dep": [bake().record("bases", node.arch), bake().seed(node)],
+            "targets": [bake().disk(node)],
+            "clean": True,
+        }
+
+
 def wanted_nodes() -> list[Node]:
     """Only the machines that were named, where some were: the others' tasks would cost time and are not needed."""
-    names = graph.named("node")
+    names = graph.named("node", "image")
     return list(bake().cluster.nodes) if names is None else [inventory.find(bake().cluster, name) for name in names]
 
 
@@ -244,11 +275,11 @@ def info(names: list[str]) -> None:
 
 
 def at_end(selected: list[str]) -> None:
-    """What a finished bake ends with: every machine that was asked for."""
-    names = {name.removeprefix("node:") for name in selected if name.startswith("node:")}
-    nodes = [node for node in bake().cluster.nodes if node.name in names or "node" in selected]
-    if nodes:
-        print(report.summary(bake(), nodes))
+    """What a finished bake ends with: every machine, and every disk image, that was asked for."""
+    for kind, told in (("node", report.summary), ("image", report.disks)):
+        nodes = [node for node in bake().cluster.nodes if kind in selected or f"{kind}:{node.name}" in selected]
+        if nodes:
+            print(told(bake(), nodes))
 
 
 graph.Reporter.at_end = at_end

@@ -21,10 +21,11 @@ from recipes.kit import atomic, inventory, overlay, store
 from recipes.kit.choices import Choices
 from recipes.kit.download import Desk
 from recipes.kit.errors import BakeError
-from recipes.kit.model import Arch, Cluster, Fetched, File, Node, Role
+from recipes.kit.model import Arch, BaseImage, Cluster, Fetched, File, Node, Role
 
 if TYPE_CHECKING:
     from recipes.audit import Proven
+    from recipes.disk import Layout
 
 PACKAGE = Path(__file__).parent
 
@@ -82,6 +83,17 @@ class Bake:
 
     def seed(self, node: Node) -> Path:
         return self.folder / "seeds" / f"{node.name}.iso"
+
+    def base(self, arch: Arch) -> Path:
+        """The disk that disk images begin with, where it is made here."""
+        return self.folder / "bases" / f"{arch}.raw"
+
+    def base_files(self, arch: Arch) -> list[Path]:
+        made = [] if self.cluster.base_image(arch) else [self.base(arch)]
+        return [self.record("bases", arch), *made]
+
+    def disk(self, node: Node) -> Path:
+        return self.folder / "disks" / f"{node.name}.raw.gz"
 
     # ---- what everything depends on
 
@@ -275,6 +287,41 @@ class Bake:
             self._proofs[role, arch] = sums, audit.Proven.from_record(proven)
         return self._proofs[role, arch]
 
+    def inputs_of_base(self, arch: Arch) -> str:
+        if (image := self.cluster.base_image(arch)) is None:
+            return digest(self.code, arch, self.mtime, self.cluster.debian_mirror, self.cluster.packages)
+        return digest(self.code, image, None if _is_url(image) else _stamp(Path(image.location)))
+
+    def check_base(self, arch: Arch) -> None:
+        from recipes import base
+
+        if self.cluster.base_image(arch) is None and not self.base(arch).exists():
+            base.check(arch)
+
+    def make_base(self, arch: Arch) -> None:
+        from recipes import base
+
+        if (image := self.cluster.base_image(arch)) is not None:
+            made = base.fetched(image, self.desk)
+        else:
+            made = base.make(self.cluster, arch, self.base(arch), self.desk, mtime=self.mtime)
+        records.write(self.record("bases", arch), [made])
+
+    def disk_layout(self, node: Node) -> Layout:
+        from recipes import disk
+
+        [base] = records.read_fetched(self.record("bases", node.arch))
+        ours = self.cluster.base_image(node.arch) is None
+        owner = f"{self.secrets.cluster_id}/{node.name}"
+        return disk.layout(base.path, self.seed(node), node.arch, owner, renew=ours)
+
+    def make_disk(self, node: Node) -> None:
+        from recipes import disk
+
+        planned = self.disk_layout(node)
+        with self.desk.progress.step(f"disk image of {node.name}", planned.size, "bytes") as advance:
+            disk.write(planned, self.disk(node), advance)
+
     def inputs_of_desk(self) -> str:
         return digest(self.code, self.cluster, self.secrets.cluster_id)
 
@@ -295,6 +342,10 @@ class Bake:
 
         tarballs = {f"{role}-{arch}": self.payload(role, arch) for role, arch in self.cluster.payloads}
         seed.write_payloads(tarballs, self.volume, mtime=self.mtime)
+
+
+def _is_url(image: BaseImage) -> bool:
+    return image.location.startswith("http")
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:

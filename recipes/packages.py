@@ -8,6 +8,7 @@ apt. The packages are brought by apt as well, not by kit.download, so that the d
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote
 
 from recipes.kit.download import Cache, Desk, NotServed, Unreachable, WrongBytes
@@ -36,6 +37,8 @@ KEYRINGS = tuple(
 )
 BASE = ("?essential", "?priority(required)", "apt", "systemd-sysv")  # the minimal system, together with what these need
 SECTION = "packages"  # of what the cluster remembers
+# What comes with the packages that are named: what they need beyond the minimal system, all that they need, or nothing.
+Scope = Literal["beyond", "whole", "only"]
 
 # The suites of Debian itself: an archive that a source names one of them for is asked before any other.
 _DEBIAN = re.compile(
@@ -88,10 +91,14 @@ def obtain(names: Sequence[str], arch: Arch, cluster: Cluster, desk: Desk) -> li
     anew, and each change is told with both versions. Raises BakeError without apt, a mirror, Debian's keys or right
     bytes.
     """
-    wanted = sorted(set(names))
-    return _locked(
-        f"{arch} {' '.join(wanted)}", arch, wanted, desk, cluster.debian_mirror, cluster.packages == "locked"
-    )
+    strict = cluster.packages == "locked"
+    return _locked(names, "beyond", arch, desk, cluster.debian_mirror, strict)
+
+
+def obtain_system(names: Sequence[str], arch: Arch, cluster: Cluster, desk: Desk) -> list[Fetched]:
+    """As obtain(), but with the minimal Debian 13 itself: all that a disk which boots has to have."""
+    strict = cluster.packages == "locked"
+    return _locked([*BASE, *names], "whole", arch, desk, cluster.debian_mirror, strict)
 
 
 def headers(arch: Arch, desk: Desk, mirror: str | None = None) -> Path:
@@ -99,28 +106,36 @@ def headers(arch: Arch, desk: Desk, mirror: str | None = None) -> Path:
 
     The static library needs no symbol that is newer than glibc 2.34, so it links on a Debian 12 desk (gcc 12) as well.
     """
-    return _unpacked("libseccomp-dev", arch, desk, mirror)[1]
+    return _unpacked(_locked(["libseccomp-dev"], "only", arch, desk, mirror, False), "libseccomp-dev", desk)
+
+
+def unpacked(names: Sequence[str], scope: Scope, arch: Arch, cluster: Cluster, desk: Desk) -> Path:
+    """A folder with these packages of Debian 13 and what the scope adds to them, unpacked, never installed."""
+    strict = cluster.packages == "locked"
+    return _unpacked(_locked(names, scope, arch, desk, cluster.debian_mirror, strict), names[0], desk)
 
 
 def catatonit(arch: Arch, desk: Desk, mirror: str | None = None) -> Fetched:
     """Debian 13's catatonit, one static program: `catatonit -P` is a pause where upstream's image cannot be reached."""
-    package, folder = _unpacked("catatonit", arch, desk, mirror)
-    program = folder / "usr/bin/catatonit"
+    [package] = _locked(["catatonit"], "only", arch, desk, mirror, False)
+    program = _unpacked([package], "catatonit", desk) / "usr/bin/catatonit"
     return Fetched("catatonit", program, hash_file(program), program.stat().st_size, package.origin)
 
 
 def _locked(
-    key: str, arch: Arch, wanted: Sequence[str], desk: Desk, mirror: str | None, strict: bool, *, alone: bool = False
+    names: Sequence[str], scope: Scope, arch: Arch, desk: Desk, mirror: str | None, strict: bool
 ) -> list[Fetched]:
-    """What the lock under that key names, from the cache or the mirror; without a lock, resolved and locked."""
+    """What the lock for these names says, from the cache or the mirror; without a lock, resolved and locked."""
     cache = desk.cache
+    wanted = sorted(set(names))
+    key = " ".join([arch, *([scope] if scope != "beyond" else []), *wanted])
     remembered: list[dict[str, Any]] | None = desk.choices.get(SECTION, key)
     debs = [Deb(**line) for line in remembered or ()]
     missing = [deb for deb in debs if cache.find(deb.sha256) is None]
     if remembered is None or missing:
         with _archive(arch, mirror, desk) as archive:
             if remembered is None:
-                debs = archive.resolve(wanted, alone=alone)
+                debs = archive.resolve(wanted, scope)
                 missing = [deb for deb in debs if cache.find(deb.sha256) is None]
             if gone := archive.download(missing, cache):
                 if strict or remembered is None:
@@ -129,7 +144,7 @@ def _locked(
                         where=archive.main,
                         remedy="Set `debianMirror:` to an archive that has them, or allow others: `packages: current`.",
                     )
-                before, debs = debs, archive.resolve(wanted, alone=alone)
+                before, debs = debs, archive.resolve(wanted, scope)
                 if lost := archive.download([deb for deb in debs if cache.find(deb.sha256) is None], cache):
                     raise NotServed(f"the mirror's index names {lost[0]}, but it is not there", where=archive.main)
                 for line in _differences(before, debs):
@@ -149,23 +164,26 @@ def _differences(before: Iterable[Deb], after: Iterable[Deb]) -> Iterator[str]:
             yield f"{name} {old.get(name, 'not needed')} -> {new.get(name, 'not needed')}"
 
 
-def _unpacked(name: str, arch: Arch, desk: Desk, mirror: str | None) -> tuple[Fetched, Path]:
-    """One package without what it needs, unpacked (never installed) in a folder named after its bytes."""
-    [package] = _locked(f"{arch} only {name}", arch, [name], desk, mirror, False, alone=True)
-    folder = desk.build / "unpacked" / f"{name}-{package.sha256[:16]}"
+def _unpacked(packages: Sequence[Fetched], name: str, desk: Desk) -> Path:
+    """The packages unpacked (never installed) in one folder, named after their bytes."""
+    digest = packages[0].sha256
+    if len(packages) > 1:
+        digest = hashlib.sha256("".join(package.sha256 for package in packages).encode()).hexdigest()
+    folder = desk.build / "unpacked" / f"{name}-{digest[:16]}"
     if not folder.is_dir():
         _program("dpkg-deb", "dpkg")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
             made = Path(temporary, "made")
-            subprocess.run(["dpkg-deb", "--extract", package.path, made], check=True, capture_output=True)
+            for package in packages:
+                subprocess.run(["dpkg-deb", "--extract", package.path, made], check=True, capture_output=True)
             made.chmod(0o755)
             try:
                 made.rename(folder)
             except OSError:
                 if not folder.is_dir():  # else another bake was first
                     raise
-    return package, folder
+    return folder
 
 
 # -- the archive ------------------------------------------------------------------------------------------------------
@@ -258,12 +276,12 @@ class _Archive:
         if not self._security:
             self._desk.progress.warn(f"{self.main} has no {SECURITY} beside it: packages come without security updates")
 
-    def resolve(self, names: Sequence[str], *, alone: bool) -> list[Deb]:
-        """names and all they need over the minimal system (alone: nothing but the names themselves)."""
+    def resolve(self, names: Sequence[str], scope: Scope) -> list[Deb]:
+        """names and what the scope adds to them, by name."""
         with self._desk.progress.step(f"resolve Debian packages ({self._arch})", None, "packages") as advance:
-            base = {} if alone else self._install_base()
-            verb = ["download"] if alone else ["install"]
-            listed = self._apt(*verb, "--print-uris", *_OPTIONS, *names)
+            base = self._install_base() if scope == "beyond" else self._install_nothing()
+            verb = "download" if scope == "only" else "install"
+            listed = self._apt(verb, "--print-uris", *_OPTIONS, *names)
             debs = sorted((self._deb(*match.groups()) for match in _URI.finditer(listed)), key=lambda deb: deb.name)
             # apt offers a package that is there in the same version, where one of the same source is new.
             debs = [deb for deb in debs if base.get(deb.name) != deb.version]
@@ -329,19 +347,22 @@ class _Archive:
             f"{deb} could not be fetched: {reason}", where=uri, remedy="Check the network and bake again."
         )
 
+    def _install_nothing(self) -> dict[str, str]:
+        (self.root / "status").write_text("")
+        return {}
+
     def _install_base(self) -> dict[str, str]:
         """Writes the minimal system into the status as installed; returns name -> version.
 
         A machine may have been installed from any point release of Debian 13, so the versions are the lowest that one
         can have (_floor), and what the wanted packages need in a newer one becomes part of the closure.
         """
-        status = self.root / "status"
-        status.write_text("")
+        self._install_nothing()
         planned = self._apt("install", "--simulate", *_OPTIONS[1:], *BASE)
         found = re.findall(r"^Inst (\S+) \((\S+) ", planned, re.MULTILINE)
         shown = self._tool("apt-cache", "show", *(f"{name}={version}" for name, version in found))
         stanzas = [stanza for text in re.split(r"\n\n+", shown) if (stanza := _installed(text))]
-        status.write_text("\n".join(stanzas))
+        (self.root / "status").write_text("\n".join(stanzas))
         return {name: _floor(version) for name, version in found}
 
     def _deb(self, uri: str, file: str, size: str, sha256: str) -> Deb:

@@ -53,6 +53,20 @@ def summary(bake: Bake, nodes: Sequence[Node]) -> str:
     return "\n".join(lines)
 
 
+def disks(bake: Bake, nodes: Sequence[Node]) -> str:
+    """The end of a bake of disk images: sizes, and how they are written."""
+    shown = nodes if len(nodes) <= ROWS else nodes[: ROWS // 2]
+    rows = [
+        (node.name, str(bake.disk(node)), _size(bake.disk(node)), amount(bake.disk_layout(node).size, "bytes"))
+        for node in shown
+    ]
+    lines = ["", table(("MACHINE", "DISK IMAGE", "SIZE", "ON THE DISK"), rows)]
+    if len(nodes) > len(shown):
+        lines.append(f"... and {len(nodes) - len(shown)} machines more")
+    write = f"gzip -dc {bake.disk(nodes[0])} | sudo dd of=/dev/sdX bs=4M conv=fsync"
+    return "\n".join([*lines, "", *_until(bake)[:1], f"To write one: {write}", "They hold secrets, as the seeds do."])
+
+
 def cluster(bake: Bake) -> str:
     """`doit info`: the cluster, as far as it is baked."""
     cluster = bake.cluster
@@ -82,6 +96,7 @@ def machine(bake: Bake, node: Node) -> str:
         ("matched by", ", ".join(link.mac or f"interface {link.name}" for link in node.network.links)),
         ("tarball", f"{bake.tarball(node)} {_size(bake.tarball(node))}"),
         ("seed", f"{bake.seed(node)} {_size(bake.seed(node))}"),
+        ("disk image", f"{bake.disk(node)} {_size(bake.disk(node))}"),
     )
     if not bake.minted or not bake.tarball(node).exists():
         return "\n".join([*lines, "", f"It is not baked yet: run doit node:{node.name}"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import fcntl
+import gzip
 import hashlib
 import json
 import os
@@ -25,8 +26,9 @@ import pytest
 
 from recipes.kit.atomic import WORTH_KEEPING
 from tests.conftest import REMEMBERED, Project, copy_project
+from tests.kit.test_gpt import partitioned
 
-KINDS = ("binaries", "desk", "images", "node", "packages", "payload", "schema", "volume")
+KINDS = ("base", "binaries", "desk", "image", "images", "node", "packages", "payload", "schema", "volume")
 SMALL = """\
 name: small
 media: thin
@@ -347,6 +349,38 @@ def test_no_secret_is_in_the_state_or_in_what_was_said(small: Desk, first: tuple
         assert not [secret for secret in secrets if secret.encode() in held]
     rows = sqlite3.connect(small.build / ".state.db").execute("select count(*) from doit").fetchone()
     assert rows[0] > 8
+
+
+# ---- disk images ----------------------------------------------------------------------------------------------------
+
+
+def test_disk_images_are_baked_where_they_are_asked_for_alone(small: Desk) -> None:
+    disk = partitioned(small.file.with_name("debian.raw"))
+    image = small.build / "disks" / "worker-1.raw.gz"
+    with edited(small.file, lambda text: f"{text}baseImages: [{{image: debian.raw}}]\n"):
+        assert made(small.doit()) <= {"schema", "desk"}
+        told = small.doit("image:worker-1")
+        assert made(told) == {"base:amd64", "image:worker-1"}
+        assert re.search(rf"^worker-1 +\S*{image.name} +[\d.]+ kB +\d+ MB$", told, re.MULTILINE)
+        assert f"{image.name} | sudo dd of=/dev/sdX" in told
+        assert [path.name for path in image.parent.iterdir()] == [image.name]
+        assert (small.build / "seeds/worker-1.iso").read_bytes() in gzip.decompress(image.read_bytes())
+        assert made(small.doit("image:worker-1")) == set()
+        assert f"disks/{image.name}" in small.doit("info", "worker-1")
+        with disk.open("r+b") as file:
+            file.write(b"other boot code")
+        assert made(small.doit("image:worker-1")) == {"base:amd64", "image:worker-1"}
+        assert gzip.decompress(image.read_bytes()).startswith(b"other boot code")
+        disk.write_bytes(b"QFI")
+        assert "no raw disk image" in small.doit("image:worker-1", fails=True)
+        assert made(small.doit("image:worker-9", fails=True)) == set()
+    small.doit()
+
+
+def test_what_making_a_base_lacks_is_told_before_anything_is_baked(small: Desk, tmp_path: Path) -> None:
+    told = small.doit("image:worker-1", fails=True, PATH=str(tmp_path))
+    assert re.search("^ERROR: mmdebstrap .*lacking on this desk", told, re.MULTILINE)
+    assert made(told) == set()
 
 
 # ---- what an edit rebuilds ------------------------------------------------------------------------------------------

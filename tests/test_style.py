@@ -14,13 +14,23 @@ BIN = Path(sys.executable).parent
 
 # What may import what: a module imports only from rows above its own (or from its own row's modules listed before it).
 ORDER = [
-    ["kit.errors", "kit.model", "kit.progress", "kit.locks", "kit.atomic", "kit.shell"],
+    [
+        "kit.errors",
+        "kit.model",
+        "kit.progress",
+        "kit.locks",
+        "kit.atomic",
+        "kit.hashing",
+        "kit.shell",
+        "kit.fat",
+        "kit.gpt",
+    ],
     ["kit.choices", "kit.download", "kit.registry", "kit.unpack", "kit.gotool"],
     ["kit.formats", "kit.places", "kit.clusterfile", "kit.inventory"],
     ["kit.overlay", "kit.archive", "kit.manifest", "kit.profiles", "kit.pki", "kit.kubeconfig", "kit.store"],
     ["components", "records", "binaries", "packages", "images", "certificates", "objects", "tokens"],
     ["payload", "node"],
-    ["seed"],
+    ["seed", "base", "disk"],
     ["audit", "bake", "report"],
 ]
 

@@ -88,7 +88,7 @@ def write_payload(
     advance is called with the bytes of tar done. BakeError: a source that is gone or is not what it was, a path twice.
     """
     ordered = _checked(files)
-    with replacing(target, mode=0o644) as out, _Member(out, mtime, own, advance) as writer:
+    with replacing(target, mode=0o644) as out, _TarMember(out, mtime, own, advance) as writer:
         entries = [writer.add(file) for file in ordered]
         more = _checked([*ordered, *last(entries)], keep=ordered)
         entries += [writer.add(file) for file in more]
@@ -116,7 +116,7 @@ def write_node(
             with payload.open("rb") as head:
                 length = _head_length(payload)
                 copy_range(head, out, length - keep_alike(head, out, length))
-        with _Member(out, mtime, own) as writer:
+        with _TarMember(out, mtime, own) as writer:
             entries = [writer.add(file) for file in ordered]
             writer.put(_END)
             writer.close()
@@ -124,24 +124,15 @@ def write_node(
     return Packed(target, size, tuple(entries))
 
 
-class _Member:
+class GzipMember:
     """One gzip member, compressed on several cores.
 
-    Every BLOCK of tar is its own run of deflate blocks, ended on a byte boundary: the same bytes from one thread
+    Every BLOCK of it is its own run of deflate blocks, ended on a byte boundary: the same bytes from one thread
     or four. Use as a context, so that an error leaves no thread behind.
     """
 
-    def __init__(
-        self,
-        out: IO[bytes],
-        mtime: int,
-        own: Sequence[str],
-        advance: Advance = lambda _: None,
-    ) -> None:
+    def __init__(self, out: IO[bytes], advance: Advance = lambda _: None) -> None:
         self._out = out
-        self._mtime = mtime
-        self._own = tuple(f"{folder.rstrip('/')}/" for folder in own)
-        self._folders: set[str] = set()
         self._advance = advance
         self._pool: ThreadPoolExecutor | None = None
         self._cores = min(os.cpu_count() or 1, 4)
@@ -159,24 +150,6 @@ class _Member:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def add(self, file: File) -> Entry:
-        """Puts one file, hashed while it passes unless this run has hashed it."""
-        for folder in self._new_folders(file.path):
-            self._header(folder, tarfile.DIRTYPE, 0o755, "root")
-        if file.link is not None:
-            self._header(file.path, tarfile.SYMTYPE, _mode(file), file.owner, link=file.link)
-            return entry_of(file)
-        if file.data is not None:
-            made = entry_of(file)
-            if file.sha256 not in (None, made.sha256):
-                raise _changed(file, file.path)
-            self._header(file.path, tarfile.REGTYPE, file.mode, file.owner, size=made.size)
-            self.put(file.data)
-        else:
-            made = self._stream(file)
-        self.put(bytes(-made.size % tarfile.BLOCKSIZE))
-        return made
-
     def put(self, data: bytes) -> None:
         left = memoryview(data)
         while left:
@@ -184,6 +157,22 @@ class _Member:
             room[:] = left[: len(room)]
             left = left[len(room) :]
             self._took(len(room))
+
+    def copy(self, stream: FileIO, length: int, seen: Callable[[memoryview], object] = lambda _: None) -> int:
+        """Puts length bytes from where stream stands, and shows them to seen(). Returns how many were not there."""
+        while length and (count := stream.readinto(room := self._room(min(CHUNK, length)))):
+            seen(room[:count])
+            self._took(count)
+            length -= count
+        return length
+
+    def close(self) -> None:
+        while self._waiting:
+            self._out.write(self._waiting.popleft().result())
+        if self._filled:
+            self._out.write(compress(memoryview(self._block)[: self._filled]))
+        self._out.write(_LAST_BLOCK + struct.pack("<II", self._crc, self._size & 0xFFFFFFFF))
+        self._advance(self._size)
 
     def _room(self, wanted: int) -> memoryview:
         """Where the next bytes go: `wanted` of them, or what the block can take. _took() says that they are there."""
@@ -204,13 +193,39 @@ class _Member:
             self._out.write(self._waiting.popleft().result())
         self._advance(self._size)
 
-    def close(self) -> None:
-        while self._waiting:
-            self._out.write(self._waiting.popleft().result())
-        if self._filled:
-            self._out.write(compress(memoryview(self._block)[: self._filled]))
-        self._out.write(_LAST_BLOCK + struct.pack("<II", self._crc, self._size & 0xFFFFFFFF))
-        self._advance(self._size)
+
+class _TarMember(GzipMember):
+    """A member with entries of a tarball."""
+
+    def __init__(
+        self,
+        out: IO[bytes],
+        mtime: int,
+        own: Sequence[str],
+        advance: Advance = lambda _: None,
+    ) -> None:
+        super().__init__(out, advance)
+        self._mtime = mtime
+        self._own = tuple(f"{folder.rstrip('/')}/" for folder in own)
+        self._folders: set[str] = set()
+
+    def add(self, file: File) -> Entry:
+        """Puts one file, hashed while it passes unless this run has hashed it."""
+        for folder in self._new_folders(file.path):
+            self._header(folder, tarfile.DIRTYPE, 0o755, "root")
+        if file.link is not None:
+            self._header(file.path, tarfile.SYMTYPE, _mode(file), file.owner, link=file.link)
+            return entry_of(file)
+        if file.data is not None:
+            made = entry_of(file)
+            if file.sha256 not in (None, made.sha256):
+                raise _changed(file, file.path)
+            self._header(file.path, tarfile.REGTYPE, file.mode, file.owner, size=made.size)
+            self.put(file.data)
+        else:
+            made = self._stream(file)
+        self.put(bytes(-made.size % tarfile.BLOCKSIZE))
+        return made
 
     def _new_folders(self, path: str) -> Iterator[str]:
         for folder in reversed(PurePosixPath(path).parents):
@@ -237,14 +252,10 @@ class _Member:
             ) from error
         with stream:
             stat = os.fstat(stream.fileno())
-            size = left = stat.st_size
+            size = stat.st_size
             found, digest = known(stat), hashlib.sha256()
             self._header(file.path, tarfile.REGTYPE, file.mode, file.owner, size=size)
-            while left and (count := stream.readinto(room := self._room(min(CHUNK, left)))):
-                if found is None:
-                    digest.update(room[:count])
-                self._took(count)
-                left -= count
+            left = self.copy(stream, size, digest.update if found is None else lambda _: None)
         found = found or digest.hexdigest()
         if left or (file.sha256 is not None and file.sha256 != found):
             raise _changed(file, file.source)

@@ -91,6 +91,7 @@ UserName = Annotated[str, *_text(formats.user_name, maxLength=32)]
 SshKey = Annotated[str, *_text(formats.ssh_key)]
 Url = Annotated[str, *_text(formats.url, format="uri")]
 RegistryHost = Annotated[str, *_text(formats.registry_host, examples=["registry.example.internal:5000"])]
+Sha256 = Annotated[str, *_text(formats.sha256, pattern="^[0-9a-f]{64}$")]
 Text = Annotated[str, *_text(_not_empty)]
 InstallBy = Annotated[
     datetime | timedelta,
@@ -212,6 +213,12 @@ class RegistryShape(Shape):
     password_file: Text | None = Field(default=None, description="File with the password in its first line")
 
 
+class BaseImageShape(Shape):
+    image: Text = Field(description="Raw disk image with a GPT: a file, or a URL")
+    arch: Arch | None = Field(default=None, description="Its processor architecture, if not the cluster's")
+    sha256: Sha256 | None = Field(default=None, description="Its SHA-256; needed with a URL")
+
+
 class ValidityShape(Shape):
     ca: Duration = Field(default=timedelta(days=3652), description="CA certificates")
     leaf: Duration = Field(
@@ -283,6 +290,9 @@ class ClusterFile(Shape):
         default="current", description="locked: a locked Debian package that the mirror no longer has is an error"
     )
     debian_mirror: Url | None = Field(default=None, description="Debian mirror instead of the desk's own")
+    base_images: list[BaseImageShape] = Field(
+        default=[], description="What disk images begin with, one an architecture; without, made of Debian packages"
+    )
     images: list[Text] = Field(default=[], description="Images for your workloads: archives, or references by digest")
     registries: list[RegistryShape] = Field(default=[], description="Registries that your workloads pull from")
     storage_classes: list[DnsName] = Field(default=[], description="StorageClasses for local volumes")

@@ -348,6 +348,13 @@ def image_reference(text: str) -> str:
     return text
 
 
+def sha256(text: str) -> str:
+    """As sha256sum prints it."""
+    if not _DIGEST.fullmatch(f"sha256:{text}"):
+        raise Malformed(f"{_shown(text)} is not a SHA-256", "Write 64 hexadecimal digits, as sha256sum prints them.")
+    return text
+
+
 def _qualified(key: str) -> None:
     prefix, slash, word = key.rpartition("/")
     if slash:

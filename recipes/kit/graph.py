@@ -85,11 +85,12 @@ class Loader(DodoTaskLoader):  # type: ignore[misc]
             return tasks
 
 
-def named(kind: str) -> list[str] | None:
+def named(*kinds: str) -> list[str] | None:
     """The names asked for as `doit kind:name`; None when every one may be needed."""
     if Loader.named is None:
         return None
-    return [name.partition(":")[2] for name in Loader.named if name.partition(":")[0] == kind]
+    asked = (name.partition(":") for name in Loader.named)
+    return list(dict.fromkeys(name for kind, _, name in asked if kind in kinds))
 
 
 def _check_names(tasks: Sequence[Any], names: Sequence[str]) -> None:
@@ -139,6 +140,8 @@ class Clean(DoitClean):  # type: ignore[misc]
     """`doit clean`: never under the hands of a bake. Store and cache are no targets, so they stay."""
 
     def execute(self, params: Any, args: list[str]) -> Any:
+        if not args:  # whatever was baked, also what a plain `doit` does not bake
+            params["cleanall"] = True
         with locked(BUILD / ".lock", waiting=_waiting):
             return super().execute(params, args)
 

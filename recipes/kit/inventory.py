@@ -16,7 +16,19 @@ from typing import Any, Final, TypeVar
 from recipes.kit import clusterfile, formats
 from recipes.kit.clusterfile import MAX_WORKERS, ClusterFile, Document, Machine, NodeShape, Pool, RegistryShape, Wiring
 from recipes.kit.errors import BakeError, BakeErrors
-from recipes.kit.model import Cluster, Link, LocalVolume, Network, Node, Registry, User, Validity, scale_of
+from recipes.kit.model import (
+    Arch,
+    BaseImage,
+    Cluster,
+    Link,
+    LocalVolume,
+    Network,
+    Node,
+    Registry,
+    User,
+    Validity,
+    scale_of,
+)
 
 CONTROL_PLANE_TAINT: Final = "node-role.kubernetes.io/control-plane=:NoSchedule"
 MAX_ETCD: Final = 7
@@ -161,6 +173,7 @@ class _Rules:
         self._users(shape)
         registries = self._registries(shape)
         images = tuple(self._images(shape))
+        base_images = tuple(self._base_images(shape, [one.node for one in made]))
         objects = tuple(self._files(shape.extra_objects, "extraObjects"))
         self._no_twice(shape.storage_classes, "storageClasses")
         if shape.pod_network == "none" and not shape.extra_objects and self.document.whole("extraObjects"):
@@ -196,6 +209,7 @@ class _Rules:
             users=tuple(User(user.name, tuple(user.ssh_authorized_keys)) for user in shape.users),
             packages=shape.packages,
             debian_mirror=shape.debian_mirror,
+            base_images=base_images,
             images=images,
             registries=registries,
             storage_classes=tuple(shape.storage_classes),
@@ -721,6 +735,31 @@ class _Rules:
                 yield formats.image_reference(text)
             except formats.Malformed as malformed:
                 self.refuse(f"images: {malformed.what}", malformed.remedy, "images", at)
+
+    def _base_images(self, shape: ClusterFile, nodes: Sequence[Node]) -> Iterator[BaseImage]:
+        there = {node.arch for node in nodes}
+        seen: set[Arch] = set()
+        for at, entry in enumerate(shape.base_images):
+            loc: Loc = ("baseImages", at)
+            arch = entry.arch or shape.arch
+            if arch in seen:
+                self.refuse(f"There are two base images for {arch}", "Keep one of them.", *loc)
+            elif arch not in there and self.document.whole("nodes") and self.document.whole("pools"):
+                self.refuse(f"No machine is {arch}, which this image is for", "Give its arch, or remove it.", *loc)
+            seen.add(arch)
+            if not re.match("https?://", entry.image):
+                file = self._file(entry.image, *loc, "image")
+                yield BaseImage(arch, str(file or self._resolved(entry.image)), entry.sha256)
+                continue
+            try:
+                location = formats.url(entry.image)
+            except formats.Malformed as malformed:
+                self.refuse(f"image: {malformed.what}", malformed.remedy, *loc, "image")
+                continue
+            if entry.sha256 is None and self.document.whole(*loc, "sha256"):
+                remedy = "Add sha256:, as its publisher gives it or sha256sum prints it."
+                self.refuse("An image from a URL has no SHA-256", remedy, *loc, "image")
+            yield BaseImage(arch, location, entry.sha256)
 
     def _files(self, texts: Sequence[str], key: str) -> Iterator[Path]:
         self._no_twice(texts, key)

@@ -169,6 +169,15 @@ class Registry:
 
 
 @dataclass(frozen=True, slots=True)
+class BaseImage:
+    """A raw disk image of the operator's that disk images of this architecture begin with."""
+
+    arch: Arch
+    location: str  # an http(s) URL, or an absolute path at the desk
+    sha256: str | None = None  # hex; a URL always has one
+
+
+@dataclass(frozen=True, slots=True)
 class Endpoint:
     host: str  # IPv4 address or DNS name
     port: int = 6443
@@ -218,11 +227,15 @@ class Cluster:
     users: tuple[User, ...] = ()
     packages: Literal["current", "locked"] = "current"
     debian_mirror: str | None = None  # instead of the desk's own
+    base_images: tuple[BaseImage, ...] = ()  # at most one an architecture; without, the base is made of Debian packages
     images: tuple[str, ...] = ()  # the operator's: archives (absolute path at the desk) or references by digest
     registries: tuple[Registry, ...] = ()
     storage_classes: tuple[str, ...] = ()  # local, WaitForFirstConsumer
     extra_objects: tuple[Path, ...] = ()  # manifests of the operator, absolute paths at the desk
     warnings: tuple[str, ...] = field(default=(), compare=False)  # told, not refused
+
+    def base_image(self, arch: Arch) -> BaseImage | None:
+        return next((image for image in self.base_images if image.arch == arch), None)
 
     def with_role(self, role: Role) -> tuple[Node, ...]:
         return tuple(node for node in self.nodes if node.role == role)
@@ -271,6 +284,7 @@ class Cluster:
             file=Path(self.file.name),
             users=(),
             images=(),
+            base_images=(),
             extra_objects=(),
             storage_classes=(),
             warnings=(),
@@ -283,7 +297,7 @@ class Cluster:
             replace(node, network=Network(links=(), addresses=node.network.addresses), media="full", serial=None)
             for node in self.nodes
         )
-        return replace(self, nodes=nodes, users=(), warnings=())
+        return replace(self, nodes=nodes, users=(), base_images=(), warnings=())
 
     @property
     def api_service_address(self) -> IPv4Address:

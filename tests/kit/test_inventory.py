@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from recipes.kit import inventory
 from recipes.kit.errors import BakeError, BakeErrors, Place
-from recipes.kit.model import Cluster, Endpoint, Link
+from recipes.kit.model import BaseImage, Cluster, Endpoint, Link
 from tests import samples
 
 CLUSTERS = Path(inventory.__file__).parent.parent / "clusters"
@@ -216,6 +216,18 @@ RULES: dict[str, tuple[str, int, int, str, str]] = {
     "missing archive": ("images: [./app.tar]", 8, 10, "no file ./app.tar", "relative"),
     "image by tag": ("images: [nginx:1.29]", 8, 10, "neither an archive that exists nor a reference", "sha256"),
     "image without a registry": (f"images: [nginx@{DIGEST}]", 8, 10, "names no registry", "docker.io/library/nginx"),
+    "missing base image": ("baseImages: [{image: d.raw}]", 8, 22, "no file d.raw", "relative"),
+    "base image by URL": ('baseImages: [{image: "http://m.x/d.raw"}]', 8, 22, "has no SHA-256", "sha256sum"),
+    "base image by a bad URL": ('baseImages: [{image: "http://u:p@m.x/d.raw"}]', 8, 22, "credentials", "Take them out"),
+    "base image with half a digest": ("baseImages: [{image: c.yaml, sha256: ab12}]", 8, 38, "not a SHA-256", "64"),
+    "base image that no machine needs": (
+        "baseImages: [{image: c.yaml, arch: arm64}]",
+        8,
+        14,
+        "No machine is arm64",
+        "arch",
+    ),
+    "two base images": ("baseImages: [{image: c.yaml}, {image: c.yaml}]", 8, 31, "two base images for amd64", "one"),
     "image with a short digest": ('images: ["r.x/a@sha256:12"]', 8, 10, "not a digest", "64"),
     "pool beyond its subnet": (
         "pools:\n- {name: v, role: worker, count: 100, firstAddress: 192.168.10.200}",
@@ -421,10 +433,13 @@ def test_files_beside_the_cluster_file(tmp_path: Path) -> None:
     made = load(tmp_path, cluster(
         f'images: [app.tar, "{reference}"]',
         "extraObjects: [./pods.yaml]",
+        "baseImages: [{image: app.tar}]",
         "registries: [{host: r.x, mirrors: ['http://m.x'], ca: ca.pem, username: u, passwordFile: password}]",
     ))  # fmt: skip
     assert made.images == (str(tmp_path / "app.tar"), reference)
     assert made.extra_objects == (tmp_path / "pods.yaml",)
+    assert made.base_images == (BaseImage("amd64", str(tmp_path / "app.tar")),)
+    assert made.shared.base_images == made.unwired.base_images == ()  # no payload and no identity depends on it
     assert (made.registries[0].ca, made.registries[0].password_file) == (tmp_path / "ca.pem", tmp_path / "password")
     assert any("unencrypted" in warning for warning in made.warnings)
     (tmp_path / "password").write_text("\nsecret\n")
