@@ -15,13 +15,14 @@ import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from recipes import binaries
+from recipes import binaries, packages
 from recipes.binaries import check_toolchain, load_components, obtain, obtain_all
 from recipes.components import Component, GoModules, Release
 from recipes.kit import gotool
@@ -34,6 +35,10 @@ from recipes.kit.progress import Advance, Unit
 from recipes.kit.unpack import unpack
 
 MIRRORED = "https://releases.invalid/v1.2.3"
+needs_arm64_compiler = pytest.mark.skipif(
+    not os.environ.get("CI") and shutil.which("aarch64-linux-gnu-gcc") is None,
+    reason="no C compiler for arm64: apt install gcc-aarch64-linux-gnu libc6-dev-arm64-cross",
+)
 
 
 class Heard:
@@ -541,3 +546,16 @@ def test_compile_errors_and_silent_proxies_are_told_apart(
     monkeypatch.setenv("GOPROXY", "http://127.0.0.1:1")
     with pytest.raises(Unreachable, match="cannot be downloaded"):
         built(tmp_path, tool("0" * 64))
+
+
+@needs_arm64_compiler
+def test_runc_for_arm64_is_cross_compiled(tmp_path: Path) -> None:
+    """With the C parts: the library's package is of the other architecture too. What is pinned is what comes."""
+    choices = Choices(tmp_path / "choices.json")
+    desk = Desk(build=tmp_path, mirror=None, source="modules", progress=Heard(), choices=choices)
+    headers = partial(packages.headers, "arm64", desk, None)
+    [runc] = obtain_all([load_components()["runc"]], "arm64", desk, headers=headers)["runc"]
+    head = runc.path.read_bytes()[:20]
+    assert (head[:4], int.from_bytes(head[18:20], "little")) == (b"\x7fELF", 183)
+    headers_of = subprocess.run(["readelf", "-lW", runc.path], capture_output=True, text=True, check=True).stdout
+    assert "INTERP" not in headers_of and "DYNAMIC" not in headers_of, "it needs no library of the machine's"
