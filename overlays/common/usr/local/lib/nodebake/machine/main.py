@@ -104,24 +104,18 @@ def _apply(folder: Path) -> int:
     if not folder.is_dir():
         return _fail(f"there is no folder {folder}", USAGE)
     command = ["systemd-run", "--quiet", "--collect", "--wait", f"--unit={APPLY_UNIT}"]
-    command.append(f"--property=OnFailure={FIRST_BOOT_UNIT}")
+    # Not by OnFailure=: systemd keeps a unit whose handler runs, and then takes no other one with its name.
+    command.append(f"--property=ExecStopPost=-/usr/bin/systemctl start --no-block {FIRST_BOOT_UNIT}")
     try:
-        _forget_failure()
         subprocess.run(["systemctl", "stop", FIRST_BOOT_UNIT], check=True)  # it may wait for an earlier artifact
         print(f"what it does: journalctl --follow --unit {APPLY_UNIT}", flush=True)
         code = subprocess.run([*command, FIRST_BOOT, "install", "--medium", folder.absolute()]).returncode
         if code != 0:
             subprocess.run(["journalctl", "--sync"])
             subprocess.run(LAST_WORDS, stdout=sys.stderr)
-            _forget_failure()
         return code
     except (OSError, subprocess.CalledProcessError) as error:
         return _fail(f"{FIRST_BOOT} cannot be run: {error}", UNHEALTHY)
-
-
-def _forget_failure() -> None:
-    """systemd may hold a unit that failed, collected or not, and then takes no other one with its name."""
-    subprocess.run(["systemctl", "reset-failed", APPLY_UNIT], stderr=subprocess.DEVNULL)
 
 
 def _fail(text: str, code: int) -> int:
