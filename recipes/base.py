@@ -86,6 +86,8 @@ _HOOKS = (
     'rm -f "$1"/etc/ssh/ssh_host_* "$1"/etc/hostname "$1"/etc/resolv.conf "$1"/var/lib/systemd/random-seed',
     ': > "$1"/etc/machine-id',
     'ln -s ../run/systemd/resolve/stub-resolv.conf "$1"/etc/resolv.conf',
+    # Of no package: what Python wrote when it was run, which is not the same for every user.
+    'rm -rf "$1"/usr/share/python3/debpython/__pycache__',
     # Its packages come from what was baked; where the machine may ask a mirror is the operator's to say.
     ': > "$1"/etc/apt/sources.list',
 )
