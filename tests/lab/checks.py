@@ -88,6 +88,16 @@ def wait_pods(lab: Lab, selector: str, count: int, seconds: float = 120) -> list
     return lab.wait(found, seconds, f"{count} pods {selector} are Ready")
 
 
+def containers(lab: Lab) -> set[tuple[str, str]]:
+    """Pod and container, of all that run."""
+    return {
+        (pod["metadata"]["name"], each["containerID"])
+        for pod in items(lab, "pods", "-A")
+        for each in pod["status"].get("containerStatuses", [])
+        if "running" in each["state"]
+    }
+
+
 def runs_pods(lab: Lab) -> list[str]:
     """Names of the nodes that run whatever asks for no toleration."""
     return sorted(node.name for node in lab.cluster.kubelets if not node.taints)

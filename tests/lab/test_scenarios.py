@@ -15,7 +15,19 @@ from tests.lab.checks import everything_works, get, items, ready_nodes, wait_rea
 from tests.lab.host import LabError
 from tests.lab.lab import Lab
 from tests.lab.machine import Machine, wait
-from tests.lab.scenario import BOOT, Baker, holder, power_on, say, settled, switched_on, tell, wait_moved, writing
+from tests.lab.scenario import (
+    BOOT,
+    Baker,
+    holder,
+    power_on,
+    say,
+    settled,
+    snapshot,
+    switched_on,
+    tell,
+    wait_moved,
+    writing,
+)
 
 # ---- three control planes and three workers, one lab for what leaves it as it was
 
@@ -46,12 +58,6 @@ def test_six_machines_at_once_become_a_cluster(ha: Lab) -> None:
         assert told.count("Valid schema") == 2, told
 
 
-def snapshot(machine: Machine) -> str:
-    return machine.run(
-        "find /etc /usr /opt /var/lib/nodebake -xdev ! -type d -printf '%p %s %T@ %i\\n' | sort", timeout=120
-    ).stdout
-
-
 @pytest.mark.parametrize("name", ["control-1", "worker-1"])
 def test_a_second_first_boot_changes_nothing(ha: Lab, name: str) -> None:
     machine = ha.machine(name)
@@ -69,6 +75,16 @@ def test_kubectl_reaches_kubelets_with_verification(ha: Lab) -> None:
         # What `kubectl top` is told comes from there.
         measured = ha.kubectl("get", "--raw", f"/api/v1/nodes/{name}/proxy/metrics/resource").stdout
         assert "node_cpu_usage_seconds_total" in measured
+
+
+def test_a_restarted_kubelet_takes_up_its_pods(ha: Lab) -> None:
+    machine, before = ha.machine("worker-2"), checks.containers(ha)
+    machine.run("systemctl restart kubelet")
+    time.sleep(5)
+    machine.run("nodebake health")
+    assert machine.run("systemctl show --property=NRestarts kubelet").stdout == "NRestarts=0\n"
+    assert "worker-2" in ready_nodes(ha)
+    assert checks.containers(ha) == before
 
 
 def test_a_killed_control_plane_loses_no_acknowledged_write(ha: Lab) -> None:
