@@ -367,3 +367,50 @@ def test_units_that_only_an_earlier_artifact_brought_are_stopped(installed: Mach
     told = installed.path("/var/lib/nodebake/systemctl.log").read_text().splitlines()
     assert "--no-block stop old.service old.timer" in told, said
     assert not any(installed.path(name).exists() for name in old)
+
+
+# ---- after success --------------------------------------------------------------------------------------------------
+
+STAND_INS = """
+mountpoint() { if [ "$2" = / ]; then echo 254:2; else echo {number}; fi; }
+umount() { echo "umount $*"; }
+blkdiscard() { echo "blkdiscard $*"; }
+sync() { echo sync; }
+udevadm() { :; }
+MEDIUM={medium}
+wipe_own_seed
+"""
+OVERWRITTEN = [
+    "umount /run/nodebake/media/cidata",
+    "blkdiscard --zeroout --offset 1MiB /dev/block/254:3",
+    "sync",
+    "blkdiscard --zeroout --length 1MiB /dev/block/254:3",
+    "first-boot: overwrote this disk's seed, which held secrets",
+]
+
+
+@pytest.mark.parametrize(
+    ("number", "medium", "told"),
+    [
+        ("254:3", "/run/nodebake/media/cidata", OVERWRITTEN),
+        ("254:18", "/run/nodebake/media/cidata", []),
+        ("11:0", "/run/nodebake/media/cidata", []),
+        ("0:52", "/run/nodebake/media/cidata", []),
+        ("254:2", "/srv/artifact", []),
+    ],
+    ids=["on the disk of /", "on another disk", "a CD", "no device", "a folder of /"],
+)
+def test_the_seed_is_overwritten_on_the_disk_of_the_root_alone(
+    machine: Machine, number: str, medium: str, told: list[str]
+) -> None:
+    for block, name in (("254:2", "vda/vda2"), ("254:3", "vda/vda3"), ("254:18", "vdb/vdb2"), ("11:0", "sr0")):
+        machine.write(f"/sys/devices/{name}/size", "585728\n")
+        if "/" in name:
+            machine.write(f"/sys/devices/{name}/partition", f"{name[-1]}\n")
+        link = machine.path(f"/sys/dev/block/{block}")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(f"../../devices/{name}")
+    functions = PROGRAM.read_text().removesuffix('main "$@"\n')
+    program = functions + STAND_INS.replace("{number}", number).replace("{medium}", medium)
+    done = subprocess.run(["chroot", machine.root, "sh", "-c", program], capture_output=True, text=True)
+    assert (done.stdout.splitlines(), done.stderr, done.returncode) == (told, "", 0)
