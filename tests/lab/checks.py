@@ -30,7 +30,9 @@ class Clock:
 
 def apply(lab: Lab, *objects: dict[str, Any]) -> None:
     text = json.dumps({"apiVersion": "v1", "kind": "List", "items": list(objects)})
-    lab.kubectl("apply", "--server-side", "-f", "-", stdin=text)
+    # Unchecked: to hand out its schema costs an emulated API server more than half a minute.
+    command = ("apply", "--server-side", "--validate=ignore", "-f", "-")
+    lab.wait(lambda: lab.kubectl(*command, stdin=text), 30, "the API server takes the objects")
 
 
 def get(lab: Lab, *what: str) -> Any:

@@ -16,8 +16,9 @@ PORT = 30080
 STORAGE = "node-restriction.kubernetes.io/storage"
 
 
-def archive(target: Path) -> Path:
-    """An OCI archive of Debian's static busybox, the one image that the workload runs from."""
+def archive(target: Path, name: str = IMAGE) -> Path:
+    """An OCI archive of Debian's static busybox, the one image that the workload runs from; with another name it is
+    another image."""
     if target.exists():
         return target
     with tempfile.TemporaryDirectory() as folder:
@@ -30,7 +31,7 @@ def archive(target: Path) -> Path:
         {
             "architecture": "amd64",
             "os": "linux",
-            "config": {"Entrypoint": ["/bin/busybox"], "Env": ["PATH=/bin"]},
+            "config": {"Entrypoint": ["/bin/busybox"], "Env": ["PATH=/bin", f"IMAGE={name}"]},
             "rootfs": {"type": "layers", "diff_ids": [_digest(layer)]},
         }
     )
@@ -44,7 +45,7 @@ def archive(target: Path) -> Path:
         }
     )
     top = _descriptor(f"{kind}.manifest.v1+json", manifest)
-    index = {"schemaVersion": 2, "manifests": [{**top, "annotations": {"io.containerd.image.name": IMAGE}}]}
+    index = {"schemaVersion": 2, "manifests": [{**top, "annotations": {"io.containerd.image.name": name}}]}
     blobs = {f"blobs/sha256/{_digest(blob)[7:]}": blob for blob in (config, manifest, layer)}
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(_tar({"oci-layout": b'{"imageLayoutVersion":"1.0.0"}', "index.json": _json(index), **blobs}))
