@@ -81,6 +81,7 @@ VIRTUAL = Root(
 )
 # Of this Debian too, whatever the host has: QEMU before version 10 takes minutes for what takes this one seconds.
 EMULATOR = Root(("qemu-system-x86", "qemu-utils"), (*_OPTIONS, "--variant=apt"))
+FIRMWARE = Root(("ovmf",), (*_OPTIONS, "--variant=extract"))  # UEFI for the emulator
 
 
 def obtain(root: Root = CONTAINER, folder: Path = LAB / "rootfs") -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 from collections.abc import Mapping
@@ -65,6 +66,7 @@ class VirtualMachine(Machine):
         self._disk = folder / "disk.qcow2"
         backing: list[Argument] = ["-f", "qcow2", "-F", "raw", "-b", self._base.image]
         host.run([*self._emulated("qemu-img"), "create", "-q", *backing, self._disk])
+        self._firmware: list[Argument] = []  # of one that boots by itself
 
     def _emulated(self, program: str) -> list[Argument]:
         """A program of the emulator's root, with the libraries of that root."""
@@ -72,6 +74,21 @@ class VirtualMachine(Machine):
         libraries = root / "usr/lib/x86_64-linux-gnu"
         loader: list[Argument] = [root / "lib64/ld-linux-x86-64.so.2", "--library-path", libraries]
         return ["env", f"QEMU_MODULE_DIR={libraries / 'qemu'}", *loader, root / "usr/bin" / program]
+
+    def write_disk(self, image: Path, size: int = 12 << 30, *, secure_boot: bool = False) -> None:
+        """Writes a disk image (.raw.gz) on its disk of size bytes, as its operator would; UEFI boots it from now on."""
+        self._disk = self._folder / "disk.raw"
+        line = 'set -o pipefail; gzip -dc "$1" | dd "of=$2" bs=1M conv=sparse status=none; truncate -s "$3" "$2"'
+        host.run(["bash", "-e", "-c", line, "write_disk", image, self._disk, str(size)])
+        files = rootfs.obtain(rootfs.FIRMWARE) / "usr/share/OVMF"
+        code = files / f"OVMF_CODE_4M.{'secboot.' if secure_boot else ''}fd"
+        own = self._folder / "firmware.fd"
+        shutil.copyfile(files / f"OVMF_VARS_4M.{'ms.' if secure_boot else ''}fd", own)
+        self._firmware = [
+            *("-global", f"driver=cfi.pflash01,property=secure,value={'on' if secure_boot else 'off'}"),
+            *("-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={code}"),
+            *("-drive", f"if=pflash,unit=1,format=raw,file={own}"),
+        ]
 
     # -- power --------------------------------------------------------------------------------------------------------
 
@@ -91,11 +108,13 @@ class VirtualMachine(Machine):
             drives += ["-drive", f"if=none,id=medium{number},media=cdrom,readonly=on{medium}"]
             drives += ["-device", f"scsi-cd,drive=medium{number},id=drive{number}"]
         # What the machine was told is written is in the host's memory: that outlives the end of QEMU.
-        for disk, form in [(self._disk, "qcow2"), *((disk, "raw") for disk in self.disks)]:
+        for disk in [self._disk, *self.disks]:
+            form = "qcow2" if disk.suffix == ".qcow2" else "raw"
             drives += ["-drive", f"if=virtio,format={form},cache=unsafe,discard=unmap,file={disk}"]
         serial = ["-smbios", f"type=1,serial={self.node.serial}"] if self.node.serial is not None else []
         # "mitigations=off": an emulated processor has none of the defects, and would emulate the remedies.
         line = f"root=PARTLABEL=root console=ttyS0 quiet mitigations=off {self.kernel_options}"
+        kernel: list[Argument] = ["-kernel", self._base.kernel, "-initrd", self._base.initrd, "-append", line]
         return [
             *self._emulated("qemu-system-x86_64"),
             *("-L", firmware / "qemu", "-L", firmware / "seabios", "-nodefaults", "-no-user-config"),
@@ -103,7 +122,7 @@ class VirtualMachine(Machine):
             *("-accel", "tcg,thread=multi,tb-size=512"),
             *("-display", "none", "-serial", "stdio", "-qmp", f"unix:{self._monitor},server=on,wait=off"),
             *("-rtc", f"base={self.clock}", "-device", "virtio-rng-pci", *serial),
-            *("-kernel", self._base.kernel, "-initrd", self._base.initrd, "-append", line),
+            *(self._firmware or kernel),
             *drives,
             *cards,
         ]
