@@ -23,7 +23,7 @@ from recipes import packages
 from recipes.components import Component, load_components
 from recipes.kit.download import Desk, NotServed, Unreachable
 from recipes.kit.errors import BakeError
-from recipes.kit.hashing import hash_file
+from recipes.kit.hashing import hash_file, sha256_of
 from recipes.kit.model import Arch, Cluster, Fetched, File, Image, Origin, Registry, Source
 from recipes.kit.registry import INDEX_TYPES, Blob, Pulled, pull_image, split_reference
 
@@ -250,7 +250,7 @@ def _operators_archive(path: Path, arch: Arch, cluster: Cluster, desk: Desk) -> 
             if any(node.arch == found.architecture for node in cluster.nodes):
                 return []
             raise _Unfit(f"its image is for {found.architecture}, the machines are {arch}")
-        sha256 = hash_file(path)
+        sha256 = sha256_of(path)
         if desk.cache.find(sha256) is None:
             with desk.cache.temporary() as copy:
                 shutil.copyfile(path, copy)
