@@ -24,7 +24,7 @@ from recipes.kit.errors import BakeError
 from recipes.kit.model import Arch, BaseImage, Cluster, Fetched, File, Node, Role
 
 if TYPE_CHECKING:
-    from recipes.audit import Proven
+    from recipes.closure import Proven
     from recipes.disk import Layout
 
 PACKAGE = Path(__file__).parent
@@ -212,7 +212,7 @@ class Bake:
         return digest(self.code, self.shared, role, arch, self.mtime, self.secrets.cluster_id, self._operators_files())
 
     def make_payload(self, role: Role, arch: Arch) -> None:
-        from recipes import audit, payload
+        from recipes import closure, payload
 
         by_component: dict[str, list[Fetched]] = {}
         for file in records.read_fetched(self.record("binaries", arch)):
@@ -221,10 +221,10 @@ class Bake:
         archives = records.read_images(self.record("images", arch))
         contents = payload.files(self.shared, role, arch, by_component, archives, debs)
         wanted = overlay.packages(self.cluster, role)
-        proven = audit.prove_payload(contents, self.cluster, role, arch, archives, wanted)
+        proven = closure.prove_payload(contents, self.cluster, role, arch, archives, wanted)
         # Every machine is proven before it is baked; one of them now, so that a hole in all is told before the packing.
         example = next(node for node in self.cluster.nodes if (node.role, node.arch) == (role, arch))
-        audit.prove(proven, self.cluster, example, self.identity(example, sums="0" * 64), lambda: debs)
+        closure.prove(proven, self.cluster, example, self.identity(example, sums="0" * 64), lambda: debs)
         self._proofs.pop((role, arch), None)
         payload.write(
             self.cluster,
@@ -265,14 +265,14 @@ class Bake:
         return digest(self._known_to_all, everything)
 
     def make_node(self, node: Node) -> None:
-        from recipes import audit, seed
+        from recipes import closure, seed
         from recipes import node as node_recipe
         from recipes.kit import manifest
 
         sums, proven = self._proven(node.role, node.arch)
         contents = self.identity(node, sums=sums)
         debs = partial(records.read_fetched, self.record("packages", f"{node.role}-{node.arch}"))
-        audit.prove(proven, self.cluster, node, contents, debs)
+        closure.prove(proven, self.cluster, node, contents, debs)
         tarball = self.payload(node.role, node.arch)
         node_recipe.write(node, contents, self.tarball(node), mtime=self.mtime, payload_tarball=tarball)
         own = manifest.digest_of_sums(contents, "node")
@@ -280,11 +280,11 @@ class Bake:
 
     def _proven(self, role: Role, arch: Arch) -> tuple[str, Proven]:
         """The digest and the proof of a payload, from its record: read once, however many machines there are."""
-        from recipes import audit, payload
+        from recipes import closure, payload
 
         if (role, arch) not in self._proofs:
             sums, proven = payload.read_record(self.payload(role, arch), "sums", "proven")
-            self._proofs[role, arch] = sums, audit.Proven.from_record(proven)
+            self._proofs[role, arch] = sums, closure.Proven.from_record(proven)
         return self._proofs[role, arch]
 
     def inputs_of_base(self, arch: Arch) -> str:

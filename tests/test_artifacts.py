@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import yaml
 
-from recipes import audit, payload
+from recipes import closure, payload
 from recipes.bake import Bake
 from recipes.components import load_components
 from recipes.kit import inventory, overlay, store
@@ -800,10 +800,12 @@ def holes(parts: Parts, files: Sequence[File], arch: Arch = "amd64") -> str:
     wanted = overlay.packages(parts.cluster, "control-plane")
     shared = [file for file in files if file.path not in parts.own]
     try:
-        proven = audit.prove_payload(shared, parts.cluster, "control-plane", arch, parts.images, wanted)
+        proven = closure.prove_payload(shared, parts.cluster, "control-plane", arch, parts.images, wanted)
         own = [file for file in files if file.path in parts.own]
         packed = {file.sha256 for file in shared}
-        audit.prove(proven, parts.cluster, parts.node, own, lambda: [deb for deb in parts.debs if deb.sha256 in packed])
+        closure.prove(
+            proven, parts.cluster, parts.node, own, lambda: [deb for deb in parts.debs if deb.sha256 in packed]
+        )
     except BakeErrors as errors:
         return str(errors)
     return ""
@@ -822,7 +824,7 @@ def test_to_prove_every_machine_no_package_is_unpacked(baked: Project) -> None:
 
     for node in cluster.nodes:
         sums, proven = payload.read_record(bake.payload(node.role, node.arch), "sums", "proven")
-        audit.prove(audit.Proven.from_record(proven), cluster, node, bake.identity(node, sums=sums), refuse)
+        closure.prove(closure.Proven.from_record(proven), cluster, node, bake.identity(node, sums=sums), refuse)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ ORDER = [
     ["components", "records", "binaries", "packages", "images", "certificates", "objects", "tokens"],
     ["payload", "node"],
     ["seed", "base", "disk"],
-    ["audit", "bake", "report"],
+    ["closure", "bake", "report"],
 ]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes import audit
+from recipes import closure
 from recipes import node as nodes
 from recipes.kit.errors import BakeErrors
 from recipes.kit.model import Cluster, Fetched, File, Image, LocalVolume, Node, Registry, Role
@@ -30,11 +30,11 @@ def identity(cluster: Cluster, node: Node, parts: artifacts.Parts, folder: Path)
     return nodes.identity(cluster, node, minted, sums="5" * 64, image=parts.references, generation=7)
 
 
-def proven(cluster: Cluster, node: Node, parts: artifacts.Parts) -> audit.Proven:
+def proven(cluster: Cluster, node: Node, parts: artifacts.Parts) -> closure.Proven:
     """The payload's proof as a later run knows it: from the record."""
     images = parts.images if node.runs_kubelet else []
-    made = audit.prove_payload(parts.payload(cluster, node), cluster, node.role, node.arch, images)
-    return audit.Proven.from_record(json.loads(json.dumps(made.as_record())))
+    made = closure.prove_payload(parts.payload(cluster, node), cluster, node.role, node.arch, images)
+    return closure.Proven.from_record(json.loads(json.dumps(made.as_record())))
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +57,10 @@ def holes(parts: artifacts.Parts, plane: list[File]) -> Holes:
         mine = [file for file in files if file.path in identities or (own and file.path not in shared)]
         rest = [file for file in files if file not in mine]
         try:
-            proven = audit.prove_payload(rest, cluster, "control-plane", "amd64", images)
+            proven = closure.prove_payload(rest, cluster, "control-plane", "amd64", images)
             packed = {file.sha256 for file in rest}
             debs = [deb for deb in parts.packages if deb.sha256 in packed]
-            audit.prove(proven, cluster, cluster.control_planes[0], mine, lambda: debs)
+            closure.prove(proven, cluster, cluster.control_planes[0], mine, lambda: debs)
         except BakeErrors as errors:
             return str(errors)
         return ""
@@ -77,7 +77,7 @@ def test_what_is_baked_is_closed(make: Callable[[], Cluster], parts: artifacts.P
     for role, _ in cluster.payloads:
         payload = proven(cluster, cluster.with_role(role)[0], parts)
         for node in cluster.with_role(role):
-            audit.prove(payload, cluster, node, identity(cluster, node, parts, tmp_path))
+            closure.prove(payload, cluster, node, identity(cluster, node, parts, tmp_path))
 
 
 def test_the_folder_of_a_local_volume_is_no_hole(parts: artifacts.Parts, tmp_path: Path) -> None:
@@ -85,13 +85,13 @@ def test_the_folder_of_a_local_volume_is_no_hole(parts: artifacts.Parts, tmp_pat
     volume = LocalVolume(name="data", path="/srv/data", size="1Gi", storage_class="local")
     node = replace(cluster.workers[0], volumes=(volume,))
     cluster = replace(cluster, nodes=(*cluster.control_planes, node))
-    audit.prove(proven(cluster, node, parts), cluster, node, identity(cluster, node, parts, tmp_path))
+    closure.prove(proven(cluster, node, parts), cluster, node, identity(cluster, node, parts, tmp_path))
 
 
 def test_a_proven_payload_is_read_back_as_it_was(parts: artifacts.Parts) -> None:
     cluster = samples.ha()
     files = parts.payload(cluster, cluster.workers[0])
-    made = audit.prove_payload(files, cluster, "worker", "amd64", parts.images)
+    made = closure.prove_payload(files, cluster, "worker", "amd64", parts.images)
     assert made == proven(cluster, cluster.workers[0], parts)
     assert "/usr/sbin/haproxy" in made.there and "nodebake.local/coredns:v1" in made.there
     asked = {name for ask in made.asks for name in ask.any_of}
@@ -103,7 +103,7 @@ def test_what_no_machine_can_mend_is_told_without_one(parts: artifacts.Parts) ->
     unit = File(UNIT, data=b"[Service]\nUser=etcd\nExecStart=/usr/bin/cat /usr/local/lib/closed\n")
     files = [*parts.payload(cluster, cluster.workers[0]), unit, File("/usr/local/lib/closed", data=b"", mode=0o600)]
     with pytest.raises(BakeErrors) as errors:
-        audit.prove_payload(files, cluster, "worker", "arm64", parts.images)
+        closure.prove_payload(files, cluster, "worker", "arm64", parts.images)
     told = str(errors.value)
     assert "/bin/kubelet: this program is for amd64, the node is arm64" in told
     assert "this unit runs as etcd, which may not read /usr/local/lib/closed" in told
@@ -114,12 +114,12 @@ def test_one_machine_s_hole_is_told_of_that_machine(parts: artifacts.Parts, tmp_
     payload = proven(cluster, cluster.workers[0], parts)
     for node in cluster.workers:
         files = identity(cluster, node, parts, tmp_path)
-        audit.prove(payload, cluster, node, files)
+        closure.prove(payload, cluster, node, files)
         left = [file for file in files if file.path != "/etc/nodebake/node.env"]
         with pytest.raises(BakeErrors, match=f"{node.name}:/etc/systemd/system/kubelet.service: /etc/nodebake/node.en"):
-            audit.prove(payload, cluster, node, left)
+            closure.prove(payload, cluster, node, left)
         with pytest.raises(BakeErrors, match=f"{node.name}:/etc/tried.conf: /srv/absent is named here"):
-            audit.prove(payload, cluster, node, [*files, File("/etc/tried.conf", data=b"x = /srv/absent\n")])
+            closure.prove(payload, cluster, node, [*files, File("/etc/tried.conf", data=b"x = /srv/absent\n")])
 
 
 @pytest.mark.parametrize("path", ["/etc/containerd/config.toml", "/usr/sbin/haproxy", "/etc/containerd"])
@@ -128,7 +128,7 @@ def test_an_identity_brings_nothing_that_its_payload_brings(path: str, parts: ar
     node = cluster.workers[0]
     files = [*identity(cluster, node, parts, tmp_path), File(path, data=b"")]
     with pytest.raises(BakeErrors, match=f"worker-1:{path}: the payload, or a package in it, brings this file too"):
-        audit.prove(proven(cluster, node, parts), cluster, node, files)
+        closure.prove(proven(cluster, node, parts), cluster, node, files)
 
 
 def test_packages_are_unpacked_only_for_what_none_of_them_lists(
@@ -142,15 +142,15 @@ def test_packages_are_unpacked_only_for_what_none_of_them_lists(
         raise AssertionError("it has all it names")
 
     listed = File("/etc/tried.conf", data=b"/usr/sbin/haproxy\n")
-    audit.prove(payload, cluster, node, [*files, listed], refuse)
+    closure.prove(payload, cluster, node, [*files, listed], refuse)
     linked = File("/etc/tried.conf", data=b"/usr/bin/openssl-linked\n")
-    audit.prove(payload, cluster, node, [*files, linked], refuse)  # in a small package, of which all is known
-    monkeypatch.setattr(audit, "_SMALL", 0)
+    closure.prove(payload, cluster, node, [*files, linked], refuse)  # in a small package, of which all is known
+    monkeypatch.setattr(closure, "_SMALL", 0)
     payload = proven(cluster, node, parts)
-    audit.prove(payload, cluster, node, [*files, listed], refuse)
-    audit.prove(payload, cluster, node, [*files, linked], lambda: parts.packages)
+    closure.prove(payload, cluster, node, [*files, listed], refuse)
+    closure.prove(payload, cluster, node, [*files, linked], lambda: parts.packages)
     with pytest.raises(BakeErrors, match="/usr/bin/openssl-linked is named here"):
-        audit.prove(payload, cluster, node, [*files, linked])
+        closure.prove(payload, cluster, node, [*files, linked])
 
 
 @pytest.mark.parametrize("role", ["worker", "control-plane"])
@@ -160,7 +160,7 @@ def test_the_proof_of_a_machine_is_quick(role: Role, parts: artifacts.Parts, tmp
     payload, files = proven(cluster, node, parts), identity(cluster, node, parts, tmp_path)
     started = time.process_time()
     for _ in range(10):
-        audit.prove(payload, cluster, node, files)
+        closure.prove(payload, cluster, node, files)
     assert (time.process_time() - started) / 10 < 0.05
 
 
@@ -310,4 +310,4 @@ def test_all_holes_are_told_at_once(plane: list[File], holes: Holes) -> None:
     ],
 )
 def test_references_are_compared_as_containerd_files_them(short: str, full: str) -> None:
-    assert audit.reference_name(short) == full
+    assert closure.reference_name(short) == full
