@@ -26,7 +26,7 @@ from recipes.kit.errors import BakeError
 from tests.bench import measure, table, watcher
 from tests.bench.measure import Goal
 from tests.conftest import ROOT, Project, copy_project
-from tests.lab import checks, host, workload
+from tests.lab import cgroups, checks, host, workload
 from tests.lab.host import LabError
 from tests.lab.lab import Lab
 from tests.lab.machine import Machine, wait
@@ -63,10 +63,12 @@ test ! -e /var/lib/etcd/member -a ! -e /var/lib/kubelet/pki
 
 @dataclass
 class Boots:
-    """Of one cluster, one entry a round: seconds from power-on, seconds by hand, seconds of each step."""
+    """Of one cluster, one entry a round: seconds from power-on, seconds by hand, seconds of processor that all machines
+    together had in each of the two, seconds of each step."""
 
     power_on: list[float] = field(default_factory=list)
     by_hand: list[float] = field(default_factory=list)
+    processor: list[tuple[float, float]] = field(default_factory=list)
     steps: list[Mapping[str, float]] = field(default_factory=list)
 
 
@@ -84,7 +86,7 @@ def main(rounds: int, desk: str) -> None:
     except BakeError as error:
         sys.exit(f"ERROR: {error}")
     goals, steps = summed_up(boots)
-    text = markdown(goals, steps, rounds, f"{desk}; load {load:.1f} at the start")
+    text = markdown(goals, steps, processor(boots), rounds, f"{desk}; load {load:.1f} at the start")
     (folder / "boot.md").write_text(text)
     facts = {"goals": table.facts(goals), "steps": steps, "rounds": {name: vars(each) for name, each in boots.items()}}
     (folder / "boot.json").write_text(json.dumps({**facts, "desk": desk, "load": load}, indent=1) + "\n")
@@ -104,10 +106,12 @@ def measured(project: Project, name: str, rounds: int) -> Boots:
             for node in cluster.nodes:
                 lab.machine(node.name)
             measure.settle()
-            total, steps = power_on(lab)
+            total, work, steps = power_on(lab)
             boots.power_on.append(total)
             boots.steps.append(steps)
-            boots.by_hand.append(by_hand(lab))
+            seconds, least = by_hand(lab)
+            boots.by_hand.append(seconds)
+            boots.processor.append((work, least))
         tell(f"{name} {number + 1} of {rounds}: {total:.1f} s from power-on, {boots.by_hand[-1]:.1f} s by hand")
     return boots
 
@@ -115,16 +119,17 @@ def measured(project: Project, name: str, rounds: int) -> Boots:
 # ---- from power-on
 
 
-def power_on(lab: Lab) -> tuple[float, Mapping[str, float]]:
-    """Seconds until all are Ready, and of each step; waits until first boot is over everywhere."""
+def power_on(lab: Lab) -> tuple[float, float, Mapping[str, float]]:
+    """Seconds until all are Ready, of processor, and of each step; waits until first boot is over everywhere."""
     with watching(lab) as watch:
         started = time.time()
         for machine in lab.machines.values():
             machine.power_on()
         seen = watch.wait(node_names(lab))
+        work = cgroups.processor(lab.folder.name)
     checks.wait_installed(lab, 60 * MINUTES)
     journals = [journal(machine) for machine in lab.machines.values()]
-    return seen[-1][1] - started, steps_of(started, journals, seen)
+    return seen[-1][1] - started, work, steps_of(started, journals, seen)
 
 
 def journal(machine: Machine) -> list[tuple[float, str]]:
@@ -152,21 +157,23 @@ def steps_of(
 # ---- by hand
 
 
-def by_hand(lab: Lab) -> float:
-    """Seconds from the start of etcd until all are Ready, on the same machines: installed, on, without any state."""
+def by_hand(lab: Lab) -> tuple[float, float]:
+    """Seconds from the start of etcd until all are Ready, and of processor, on the same machines: installed, on,
+    without any state."""
     everyone = list(lab.machines.values())
     together(everyone, switch_on_empty)
     measure.settle()
     time.sleep(3)
     with watching(lab) as watch:
-        started = time.time()
+        started, before = time.time(), cgroups.processor(lab.folder.name)
         first, second, third = WAVES
         together(everyone, lambda machine: start(machine, first))
         together(everyone, lambda machine: start(machine, second))
         # An API server that has started is not ready yet: what came now would fail, and be started again later.
         watch.wait({"API"})
         together(everyone, lambda machine: start(machine, third))
-        return watch.wait(node_names(lab))[-1][1] - started
+        ready = watch.wait(node_names(lab))[-1][1]
+        return ready - started, cgroups.processor(lab.folder.name) - before
 
 
 def switch_on_empty(machine: Machine) -> None:
@@ -259,13 +266,27 @@ def summed_up(boots: Mapping[str, Boots]) -> tuple[list[Goal], dict[str, dict[st
     return goals, steps
 
 
-def markdown(goals: Sequence[Goal], steps: Mapping[str, Mapping[str, float]], rounds: int, desk: str) -> str:
+def processor(boots: Mapping[str, Boots]) -> list[str]:
+    """How much work each is: divided by the processors it is the least time that any order of it could take."""
+    lines = []
+    for name, each in boots.items():
+        work, least = (median(round_[side] for round_ in each.processor) for side in (0, 1))
+        lines.append(
+            f"{name}: {work:.1f} s of processor until all are Ready, by hand {least:.1f} s: {work / least:.2f}x"
+        )
+    return lines
+
+
+def markdown(
+    goals: Sequence[Goal], steps: Mapping[str, Mapping[str, float]], work: Sequence[str], rounds: int, desk: str
+) -> str:
     head = ["| Step, until the last machine is through | " + " | ".join(steps) + " |", "|---" * (len(steps) + 1) + "|"]
     lines = [
         f"| {step} | " + " | ".join(f"{each[step]:.2f} s" for each in steps.values()) + " |"
         for step in next(iter(steps.values()))
     ]
-    return "\n".join([*table.rows(goals), "", f"Medians of {rounds} rounds; {desk}.", "", *head, *lines]) + "\n"
+    told = [f"Medians of {rounds} rounds; {desk}.", "", *(f"- {line}" for line in work), ""]
+    return "\n".join([*table.rows(goals), "", *told, *head, *lines]) + "\n"
 
 
 def tell(text: str) -> None:

@@ -48,10 +48,12 @@ def test_an_api_that_is_ready_before_the_last_unit_is_started_takes_no_time_of_i
 
 def test_the_table_has_medians() -> None:
     steps = {"one": 1.0, "two": 2.0}
-    boots = {name: Boots([20.0, 90.0, 26.0], [20.0, 10.0, 30.0], [steps] * 3) for name in boot.CLUSTERS}
-    text = boot.markdown(*boot.summed_up(boots), 3, "a desk")
+    work = [(16.0, 9.0), (15.0, 10.0), (14.0, 11.0)]
+    boots = {name: Boots([20.0, 90.0, 26.0], [20.0, 10.0, 30.0], work, [steps] * 3) for name in boot.CLUSTERS}
+    text = boot.markdown(*boot.summed_up(boots), boot.processor(boots), 3, "a desk")
     assert "| power-on to all Ready, one machine | 26.00 s | 20.00 s (its components started by hand) | 1.30x |" in text
     assert "| two | 2.00 s | 2.00 s |" in text
+    assert "- single: 15.0 s of processor until all are Ready, by hand 10.0 s: 1.50x" in text
 
 
 def test_the_watch_waits_for_names(tmp_path: Path) -> None:

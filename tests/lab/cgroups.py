@@ -43,6 +43,15 @@ def make(run: str, machine: str) -> list[Path]:
     return made
 
 
+def processor(run: str) -> float:
+    """Seconds of processor that the run's machines have had, those of before a power cut included."""
+    for folder in folders(run):
+        with suppress(FileNotFoundError):  # version 1 has no such file
+            words = (folder / "cpu.stat").read_text().split()
+            return int(words[words.index("usage_usec") + 1]) / 1e6
+    return 0.0
+
+
 def remove(run: str) -> None:
     """Ends what still runs there and removes the folders. Raises LabError when something does not end in 20 s."""
     for folder in folders(run):
