@@ -60,11 +60,13 @@ class Lab:
                 test = os.environ.get("PYTEST_CURRENT_TEST", "lab").removesuffix(" (call)")
                 print(f"What the machines logged is kept in {self.keep_logs(test)}", file=sys.stderr)
 
-    def machine(self, name: str) -> Machine:
-        """A machine of the cluster: its empty disk, and its own ISO in the drive. Switched off at first."""
+    def machine(self, name: str, kind: type[Machine] | None = None) -> Machine:
+        """A machine of the cluster: its empty disk, and its own ISO in the drive. Switched off at first.
+
+        kind: at the first time, where it is another than the lab's."""
         if name not in self.machines:
             node = inventory.find(self.cluster, name)
-            made = self._kind(node, self.folder / name, self.inside, self.switch)
+            made = (kind or self._kind)(node, self.folder / name, self.inside, self.switch)
             made.insert(self.build / "seeds" / f"{name}.iso")
             self.machines[name] = made
         return self.machines[name]

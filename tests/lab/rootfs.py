@@ -10,10 +10,12 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from recipes.kit.locks import locked
+from recipes.kit.model import Arch
 from tests.lab import host
 from tests.lab.host import KEYRING, LAB, Argument, LabError
 
@@ -80,8 +82,14 @@ VIRTUAL = Root(
     _MACHINE_OPTIONS,
 )
 # Of this Debian too, whatever the host has: QEMU before version 10 takes minutes for what takes this one seconds.
-EMULATOR = Root(("qemu-system-x86", "qemu-utils"), (*_OPTIONS, "--variant=apt"))
-FIRMWARE = Root(("ovmf",), (*_OPTIONS, "--variant=extract"))  # UEFI for the emulator
+EMULATOR: Mapping[Arch, Root] = {
+    "amd64": Root(("qemu-system-x86", "qemu-utils"), (*_OPTIONS, "--variant=apt")),
+    "arm64": Root(("qemu-system-arm", "qemu-utils"), (*_OPTIONS, "--variant=apt")),
+}
+FIRMWARE: Mapping[Arch, Root] = {  # UEFI for the emulator
+    "amd64": Root(("ovmf",), (*_OPTIONS, "--variant=extract")),
+    "arm64": Root(("qemu-efi-aarch64",), (*_OPTIONS, "--variant=extract")),
+}
 
 
 def obtain(root: Root = CONTAINER, folder: Path = LAB / "rootfs") -> Path:

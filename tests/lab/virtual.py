@@ -12,13 +12,13 @@ import shlex
 import shutil
 import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
 from recipes.kit.locks import locked
-from recipes.kit.model import Node
+from recipes.kit.model import Arch, Node
 from tests.lab import disks, host, media, namespaces, rootfs
 from tests.lab.host import LAB, PATH, Argument, LabError
 from tests.lab.machine import Machine
@@ -28,6 +28,18 @@ from tests.lab.network import Switch
 USER = "admin"
 DRIVES = 3  # for CDs
 MEMORY = {"control-plane": 3072, "worker": 1536, "etcd": 1024, "load-balancer": 1024}  # MiB
+# A processor without pointer authentication, which takes an emulator more time than all else.
+_EMULATED: Mapping[Arch, Sequence[str]] = {
+    "amd64": ("qemu-system-x86_64", "-machine", "q35", "-cpu", "max"),
+    "arm64": ("qemu-system-aarch64", "-machine", "virt", "-cpu", "cortex-a76"),
+}
+# Below /usr/share: by architecture, and whether Secure Boot is on, the program, and the variables that it begins with.
+_FIRMWARE: Mapping[tuple[Arch, bool], tuple[str, str]] = {
+    ("amd64", False): ("OVMF/OVMF_CODE_4M.fd", "OVMF/OVMF_VARS_4M.fd"),
+    ("amd64", True): ("OVMF/OVMF_CODE_4M.secboot.fd", "OVMF/OVMF_VARS_4M.ms.fd"),
+    ("arm64", False): ("AAVMF/AAVMF_CODE.no-secboot.fd", "AAVMF/AAVMF_VARS.fd"),
+    ("arm64", True): ("AAVMF/AAVMF_CODE.ms.fd", "AAVMF/AAVMF_VARS.ms.fd"),
+}
 _UNREACHABLE = 255  # ssh's exit code when it is ssh that fails
 
 
@@ -61,12 +73,11 @@ class VirtualMachine(Machine):
         self.disks: list[Path] = []
         self.other_cards: list[str] = []
         self._drives: list[Path | None] = [None] * DRIVES
-        self._emulator = rootfs.obtain(rootfs.EMULATOR)
-        self._base = disks.obtain(rootfs.obtain(rootfs.VIRTUAL))
+        self._emulator = rootfs.obtain(rootfs.EMULATOR[node.arch])
+        self._loading: list[Argument] = []  # how its system is started
         self._disk = folder / "disk.qcow2"
-        backing: list[Argument] = ["-f", "qcow2", "-F", "raw", "-b", self._base.image]
-        host.run([*self._emulated("qemu-img"), "create", "-q", *backing, self._disk])
-        self._firmware: list[Argument] = []  # of one that boots by itself
+        if node.arch == "amd64":  # others have no disk before write_disk()
+            self._share_disk()
 
     def _emulated(self, program: str) -> list[Argument]:
         """A program of the emulator's root, with the libraries of that root."""
@@ -75,18 +86,25 @@ class VirtualMachine(Machine):
         loader: list[Argument] = [root / "lib64/ld-linux-x86-64.so.2", "--library-path", libraries]
         return ["env", f"QEMU_MODULE_DIR={libraries / 'qemu'}", *loader, root / "usr/bin" / program]
 
+    def _share_disk(self) -> None:
+        base = disks.obtain(rootfs.obtain(rootfs.VIRTUAL))
+        backing: list[Argument] = ["-f", "qcow2", "-F", "raw", "-b", base.image]
+        host.run([*self._emulated("qemu-img"), "create", "-q", *backing, self._disk])
+        self._loading = ["-kernel", base.kernel, "-initrd", base.initrd]
+
     def write_disk(self, image: Path, size: int = 12 << 30, *, secure_boot: bool = False) -> None:
         """Writes a disk image (.raw.gz) on its disk of size bytes, as its operator would; UEFI boots it from now on."""
         self._disk = self._folder / "disk.raw"
         line = 'set -o pipefail; gzip -dc "$1" | dd "of=$2" bs=1M conv=sparse status=none; truncate -s "$3" "$2"'
         host.run(["bash", "-e", "-c", line, "write_disk", image, self._disk, str(size)])
-        files = rootfs.obtain(rootfs.FIRMWARE) / "usr/share/OVMF"
-        code = files / f"OVMF_CODE_4M.{'secboot.' if secure_boot else ''}fd"
+        files = rootfs.obtain(rootfs.FIRMWARE[self.node.arch]) / "usr/share"
+        code, variables = _FIRMWARE[self.node.arch, secure_boot]
         own = self._folder / "firmware.fd"
-        shutil.copyfile(files / f"OVMF_VARS_4M.{'ms.' if secure_boot else ''}fd", own)
-        self._firmware = [
-            *("-global", f"driver=cfi.pflash01,property=secure,value={'on' if secure_boot else 'off'}"),
-            *("-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={code}"),
+        shutil.copyfile(files / variables, own)
+        lock = f"driver=cfi.pflash01,property=secure,value={'on' if secure_boot else 'off'}"
+        self._loading = [
+            *(("-global", lock) if self.node.arch == "amd64" else ()),
+            *("-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={files / code}"),
             *("-drive", f"if=pflash,unit=1,format=raw,file={own}"),
         ]
 
@@ -114,15 +132,16 @@ class VirtualMachine(Machine):
         serial = ["-smbios", f"type=1,serial={self.node.serial}"] if self.node.serial is not None else []
         # "mitigations=off": an emulated processor has none of the defects, and would emulate the remedies.
         line = f"root=PARTLABEL=root console=ttyS0 quiet mitigations=off {self.kernel_options}"
-        kernel: list[Argument] = ["-kernel", self._base.kernel, "-initrd", self._base.initrd, "-append", line]
+        program, *kind = _EMULATED[self.node.arch]
         return [
-            *self._emulated("qemu-system-x86_64"),
+            *self._emulated(program),
             *("-L", firmware / "qemu", "-L", firmware / "seabios", "-nodefaults", "-no-user-config"),
-            *("-machine", "q35", "-cpu", "max", "-smp", "2", "-m", str(self.memory)),
+            *(*kind, "-smp", "2", "-m", str(self.memory)),
             *("-accel", "tcg,thread=multi,tb-size=512"),
             *("-display", "none", "-serial", "stdio", "-qmp", f"unix:{self._monitor},server=on,wait=off"),
             *("-rtc", f"base={self.clock}", "-device", "virtio-rng-pci", *serial),
-            *(self._firmware or kernel),
+            *self._loading,
+            *(("-append", line) if "-kernel" in self._loading else ()),
             *drives,
             *cards,
         ]
