@@ -11,22 +11,26 @@ import socket
 import ssl
 import subprocess
 import sys
+import time
 import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import yaml
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from recipes import objects
-from recipes.kit import overlay
+from recipes.kit import overlay, pki
 from recipes.kit.model import Cluster, File, LocalVolume, Node, Role, scale_of
+from recipes.kit.profiles import KeyPair
 from tests import samples
 from tests.layout import IMAGES, Layout, Running, identity, on_loopback, payload
 
@@ -408,8 +412,10 @@ def test_an_empty_subnet_file_writes_no_conflist(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def machine(binaries: Path, tmp_path_factory: pytest.TempPathFactory) -> Layout:
-    """The single machine that is everything, under a folder."""
-    cluster = on_loopback(samples.single(), os.getpid())
+    """The single machine that is everything, under a folder. Its cluster has workers too, one of them denied."""
+    workers = (samples.node("worker-1", "worker", 21), samples.node("worker-2", "worker", 22, denied=True))
+    one = samples.single()
+    cluster = on_loopback(replace(one, nodes=(*one.nodes, *workers)), os.getpid())
     return Layout(tmp_path_factory.mktemp("machine") / "root", cluster, cluster.nodes[0], binaries)
 
 
@@ -427,8 +433,8 @@ def api_server(machine: Layout, etcd: Running) -> Iterator[Running]:
         yield running
 
 
-def _status(machine: Layout, path: str) -> int | None:
-    trust = ssl.create_default_context(cafile=machine.path("/etc/kubernetes/pki/kubernetes-ca.crt"))
+def _status(machine: Layout, path: str, trust: ssl.SSLContext | None = None) -> int | None:
+    trust = trust or ssl.create_default_context(cafile=machine.path("/etc/kubernetes/pki/kubernetes-ca.crt"))
     try:
         with urllib.request.urlopen(f"https://{machine.localhost}:6443{path}", context=trust, timeout=5) as answer:
             return int(answer.status)
@@ -461,6 +467,30 @@ def test_what_is_done_is_audited(machine: Layout, api_server: Running) -> None:
     log = machine.path("/var/log/kubernetes/audit.log")
     assert _status(machine, "/api/v1/namespaces/kube-system/secrets") == 401
     api_server.until_true(lambda: log.exists() and "kube-system/secrets" in log.read_text(), "wrote the audit log", 10)
+
+
+def test_a_denied_machines_certificate_is_worth_nothing(machine: Layout, api_server: Running, tmp_path: Path) -> None:
+    """At once, also for what anybody may ask: an error is told, since the one who could allow it is not there."""
+    asked = ("/api/v1/nodes/worker-2", "/api/v1/services", "/version", "/readyz")
+    for name, statuses in (("worker-1", [403, 200, 200, 200]), ("worker-2", [500] * 4)):
+        trust = ssl.create_default_context(cafile=machine.path("/etc/kubernetes/pki/kubernetes-ca.crt"))
+        trust.load_cert_chain(node_certificate(machine, name, tmp_path / name))
+        started = time.monotonic()
+        assert [_status(machine, path, trust) for path in asked] == statuses
+        assert time.monotonic() - started < 2, "nothing waits for the one that is not there"
+
+
+def node_certificate(machine: Layout, name: str, path: Path) -> Path:
+    """As the controller-manager would have signed it for this machine's kubelet; with its key in one file."""
+    pki_folder = machine.path("/etc/kubernetes/pki")
+    authority = KeyPair(*((pki_folder / f"kubernetes-ca.{end}").read_bytes() for end in ("crt", "key")))
+    key = ec.generate_private_key(ec.SECP256R1())
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    subject = pki.Subject(f"system:node:{name}", "system:nodes", server=False, client=True, sans=())
+    now = datetime.now(UTC)
+    start, end = now - timedelta(minutes=1), now + timedelta(hours=1)
+    path.write_bytes(pki.leaf(subject, pem, authority, start=start, end=end, serial_seed=b"test") + pem)
+    return path
 
 
 @pytest.mark.parametrize(
