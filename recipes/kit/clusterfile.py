@@ -190,7 +190,9 @@ class NodeShape(Machine):
     )
     mac: Mac | None = Field(default=None, description="MAC address of its one network card, in quotes")
     serial: Serial | None = Field(default=None, description="DMI serial number, checked at first boot")
-    denied: bool = Field(default=False, description="true: no certificate is approved for this machine any more")
+    denied: bool = Field(
+        default=False, description="true: API servers refuse this machine, and it gets no certificate any more"
+    )
 
 
 class Pool(Machine):
@@ -279,7 +281,9 @@ class ClusterFile(Shape):
     approval: Approval = Field(
         default="inventory", description="inventory: what was baked is approved; group: whoever holds a token"
     )
-    denied: list[Name] = Field(default=[], description="Machines for which no certificate is approved any more")
+    denied: list[Name] = Field(
+        default=[], description="Machines that API servers refuse, and that get no certificate any more"
+    )
     swap: Annotated[Literal["refuse", "off"], BeforeValidator(_off)] = Field(
         default="refuse", description="What first boot does on a machine with swap: refuse, or turn it off"
     )

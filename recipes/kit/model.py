@@ -134,7 +134,7 @@ class Node:
     taints: tuple[str, ...] = ()  # "key=value:Effect", the role's own included
     volumes: tuple[LocalVolume, ...] = ()
     runs_etcd: bool = False
-    denied: bool = False  # no certificate is approved for it any more
+    denied: bool = False  # API servers refuse it, and it gets no certificate any more
 
     @property
     def address(self) -> IPv4Address:
