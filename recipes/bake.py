@@ -24,6 +24,7 @@ from recipes.kit.errors import BakeError
 from recipes.kit.model import Arch, BaseImage, Cluster, Fetched, File, Node, Role
 
 if TYPE_CHECKING:
+    from recipes.audit import Audit
     from recipes.closure import Proven
     from recipes.disk import Layout
 
@@ -222,9 +223,12 @@ class Bake:
         contents = payload.files(self.shared, role, arch, by_component, archives, debs)
         wanted = overlay.packages(self.cluster, role)
         proven = closure.prove_payload(contents, self.cluster, role, arch, archives, wanted)
+        self._audit.payload(contents, f"payload {role} {arch}")
         # Every machine is proven before it is baked; one of them now, so that a hole in all is told before the packing.
         example = next(node for node in self.cluster.nodes if (node.role, node.arch) == (role, arch))
-        closure.prove(proven, self.cluster, example, self.identity(example, sums="0" * 64), lambda: debs)
+        identity = self.identity(example, sums="0" * 64)
+        closure.prove(proven, self.cluster, example, identity, lambda: debs)
+        self._audit.identity(identity, example)
         self._proofs.pop((role, arch), None)
         payload.write(
             self.cluster,
@@ -273,10 +277,18 @@ class Bake:
         contents = self.identity(node, sums=sums)
         debs = partial(records.read_fetched, self.record("packages", f"{node.role}-{node.arch}"))
         closure.prove(proven, self.cluster, node, contents, debs)
+        documents = seed.documents(self.cluster, node, sums=manifest.digest_of_sums(contents, "node"))
+        self._audit.identity(contents, node)
+        self._audit.seed(documents, node)
         tarball = self.payload(node.role, node.arch)
         node_recipe.write(node, contents, self.tarball(node), mtime=self.mtime, payload_tarball=tarball)
-        own = manifest.digest_of_sums(contents, "node")
-        seed.write(self.cluster, node, self.tarball(node), self.seed(node), mtime=self.mtime, sums=own)
+        seed.write(documents, self.tarball(node), self.seed(node), mtime=self.mtime)
+
+    @cached_property
+    def _audit(self) -> Audit:
+        from recipes.audit import Audit
+
+        return Audit(self.cluster, self.secrets)
 
     def _proven(self, role: Role, arch: Arch) -> tuple[str, Proven]:
         """The digest and the proof of a payload, from its record: read once, however many machines there are."""

@@ -225,7 +225,7 @@ def _operators_reference(given: str, arch: Arch, cluster: Cluster, desk: Desk) -
     tagged, _, digest = given.partition("@")
     host = split_reference(given)[0].replace("registry-1.docker.io", "docker.io")
     registry = next((registry for registry in cluster.registries if registry.host == host), None)
-    pulled = pull_image(given, digest, arch, desk, credentials=_credentials(registry) if registry else None)
+    pulled = pull_image(given, digest, arch, desk, credentials=credentials(registry) if registry else None)
     return _packed(given, given, names_in_containerd(given), pulled, desk, Origin(tagged, digest, "operator"))
 
 
@@ -426,13 +426,13 @@ def registry_credentials(cluster: Cluster) -> list[File]:
     """
     auths = {}
     for registry in cluster.registries:
-        if (pair := _credentials(registry)) is not None:
+        if (pair := credentials(registry)) is not None:
             auths[registry.host] = {"auth": base64.b64encode(":".join(pair).encode()).decode()}
     return [File("/var/lib/kubelet/config.json", data=_json({"auths": auths}), mode=0o600)] if auths else []
 
 
-def _credentials(registry: Registry) -> tuple[str, str] | None:
-    """User and password (the first line of its file)."""
+def credentials(registry: Registry) -> tuple[str, str] | None:
+    """User and password (the first line of its file), where the registry asks for them."""
     if registry.username is None or registry.password_file is None:
         return None
     try:

@@ -134,21 +134,24 @@ def network_config(cluster: Cluster, node: Node) -> bytes:
     return _dump(config)
 
 
-def write(cluster: Cluster, node: Node, tarball: Path, target: Path, *, mtime: int, sums: str) -> Seed:
-    """Writes the ISO (0600: the tarball in it is secret). sums: SHA-256 (hex) of the node's SHA256SUMS, which stands
-    for everything in the tarball; mtime: since the epoch.
-
-    Nothing large is in memory, and files over 4 GiB are allowed.
-    """
+def documents(cluster: Cluster, node: Node, *, sums: str) -> dict[str, bytes]:
+    """All that the ISO holds beside the tarball, by file name. sums: SHA-256 (hex) of the node's SHA256SUMS, which
+    stands for everything in the tarball."""
     user, network = user_data(cluster, node), network_config(cluster, node)
-    contents: dict[str, bytes | Path] = {
+    return {
         "user-data": user,
         "meta-data": meta_data(node, hashlib.sha256(sums.encode() + user + network).hexdigest()),
         "network-config": network,
         "first-boot": (overlay.OVERLAYS / "common" / FIRST_BOOT).read_bytes(),
-        "node.tar.gz": tarball,
     }
-    return write_iso(contents, target, label=LABEL, mtime=mtime, keep=True)
+
+
+def write(contents: Mapping[str, bytes], tarball: Path, target: Path, *, mtime: int) -> Seed:
+    """Writes the ISO (0600: the tarball in it is secret) with these documents; mtime: since the epoch.
+
+    Nothing large is in memory, and files over 4 GiB are allowed.
+    """
+    return write_iso({**contents, "node.tar.gz": tarball}, target, label=LABEL, mtime=mtime, keep=True)
 
 
 def write_payloads(tarballs: Mapping[str, Path], target: Path, *, mtime: int) -> Seed:

@@ -1017,6 +1017,22 @@ def test_balancers_hold_no_key_and_etcd_no_token(thin: Thin) -> None:
         assert held and all(name.startswith(f"keys/etcd-{number}/") for name in held)
 
 
+def test_a_bake_that_would_give_away_a_secret_fails(rebaking: Project) -> None:
+    before = sha256(ha(rebaking) / "payloads" / "worker-amd64.tar.gz")
+    token = json.loads((rebaking.clusters / "ha.yaml.secrets" / "tokens.json").read_text())["content"]["worker-2"]
+    shared = rebaking.root / "overlays/worker/etc/motd"
+    shared.write_text(f"{base64.b64encode(token.encode()).decode()}\n")
+    told = rebaking.doit("node:worker-1", fails=True).stdout
+    assert "ERROR: payload worker amd64:/etc/motd: this holds the bootstrap token of worker-2\n" in told
+    assert sha256(ha(rebaking) / "payloads" / "worker-amd64.tar.gz") == before
+    shared.unlink()
+    own = rebaking.root / "overlays/node/etc/nodebake/node.env.j2"
+    own.write_text(own.read_text() + f"{{% if node.name == 'worker-1' %}}A={token}{{% endif %}}\n")
+    told += rebaking.doit("node:worker-1", fails=True).stdout
+    assert "ERROR: worker-1:/etc/nodebake/node.env: this holds the bootstrap token of worker-2\n" in told
+    assert token.split(".")[1] not in told and "Traceback" not in told
+
+
 def test_nothing_of_a_bake_shows_a_secret(baked: Project, thin: Thin) -> None:
     """Output, records, doit's database, user-data: of no cluster."""
     stores = {name: secrets_of(store.default_directory(thin.file(name))) for name in THIN}

@@ -46,7 +46,8 @@ def iso(tmp_path: Path, name: str = "seed.iso", mtime: int = 1_700_000_000) -> P
     tarball = tmp_path / "node.tar.gz"
     tarball.write_bytes(b"tarball" * 1000)
     cluster = samples.ha()
-    return seed.write(cluster, cluster.workers[0], tarball, tmp_path / name, mtime=mtime, sums="ab" * 32).path
+    documents = seed.documents(cluster, cluster.workers[0], sums="ab" * 32)
+    return seed.write(documents, tarball, tmp_path / name, mtime=mtime).path
 
 
 @pytest.mark.parametrize(
@@ -332,7 +333,7 @@ def test_whatever_changes_in_the_artifact_changes_the_instance(tmp_path: Path) -
     tarball.write_bytes(b"tarball")
 
     def instance(cluster: Cluster, node: Node, sums: str) -> str:
-        path = seed.write(cluster, node, tarball, tmp_path / "n.iso", mtime=1, sums=sums).path
+        path = seed.write(seed.documents(cluster, node, sums=sums), tarball, tmp_path / "n.iso", mtime=1).path
         out = subprocess.run(["bsdtar", "-xOf", path, "meta-data"], capture_output=True, check=True).stdout
         return str(yaml.safe_load(out)["instance-id"])
 

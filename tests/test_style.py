@@ -22,6 +22,7 @@ ORDER = [
         "kit.atomic",
         "kit.hashing",
         "kit.shell",
+        "kit.search",
         "kit.fat",
         "kit.gpt",
     ],
@@ -31,7 +32,7 @@ ORDER = [
     ["components", "records", "binaries", "packages", "images", "certificates", "objects", "tokens"],
     ["payload", "node"],
     ["seed", "base", "disk"],
-    ["closure", "bake", "report"],
+    ["closure", "audit", "bake", "report"],
 ]
 
 

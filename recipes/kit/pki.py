@@ -74,6 +74,14 @@ def public_pem(key_pem: bytes) -> bytes:
     return load_key(key_pem).public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
+def private_number(key_pem: bytes) -> bytes:
+    """The number that makes it secret, as every encoding of the key holds it; of RSA, one of the primes."""
+    key = load_key(key_pem)
+    if isinstance(key, rsa.RSAPrivateKey):
+        return key.private_numbers().p.to_bytes(key.key_size // 16, "big")
+    return key.private_numbers().private_value.to_bytes((key.key_size + 7) // 8, "big")
+
+
 def authority(subject: Subject, key_pem: bytes, *, start: datetime, end: datetime, serial_seed: bytes) -> bytes:
     """A self-signed CA certificate that may sign leaves only, PEM."""
     key = load_key(key_pem)

@@ -37,7 +37,8 @@ def baked(cluster: Cluster, folder: Path) -> Path:
     tarball.write_bytes(b"nothing worth installing")
     (folder / "seeds").mkdir()
     for node in cluster.nodes:
-        seed.write(cluster, node, tarball, folder / "seeds" / f"{node.name}.iso", mtime=1_790_000_000, sums="0")
+        documents = seed.documents(cluster, node, sums="0")
+        seed.write(documents, tarball, folder / "seeds" / f"{node.name}.iso", mtime=1_790_000_000)
     return folder
 
 
