@@ -13,7 +13,7 @@ import json
 import re
 import shutil
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
@@ -21,6 +21,8 @@ from urllib.parse import urlsplit
 
 from recipes import packages
 from recipes.components import Component, load_components
+from recipes.kit import bounds, formats
+from recipes.kit.bounds import Damaged
 from recipes.kit.download import Desk, NotServed, Unreachable
 from recipes.kit.errors import BakeError
 from recipes.kit.hashing import hash_file, sha256_of
@@ -35,7 +37,7 @@ _MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 _LAYER = "application/vnd.oci.image.layer.v1.tar"
 _NAME = "io.containerd.image.name"
 _REF = "org.opencontainers.image.ref.name"
-_LARGEST_DOCUMENT = 4 << 20  # bytes; the specification's bound for manifests
+_MOST_DOCUMENTS = 200  # of one archive; each may cost reading all of it
 _CERTS = "/etc/containerd/certs.d"
 
 
@@ -249,16 +251,15 @@ def _operators_archive(path: Path, arch: Arch, cluster: Cluster, desk: Desk) -> 
         if found.architecture != arch:
             if any(node.arch == found.architecture for node in cluster.nodes):
                 return []
-            raise _Unfit(f"its image is for {found.architecture}, the machines are {arch}")
+            raise Damaged(f"its image is for {found.architecture}, the machines are {arch}")
         sha256 = sha256_of(path)
         if desk.cache.find(sha256) is None:
             with desk.cache.temporary() as copy:
                 shutil.copyfile(path, copy)
                 desk.cache.add(copy, hash_file(copy))
-    except (_Unfit, OSError, tarfile.TarError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = str(error) if isinstance(error, (_Unfit, OSError)) else f"it is damaged or no image archive ({error})"
+    except (Damaged, OSError) as error:
         raise BakeError(
-            f"this archive cannot be taken: {reason}",
+            f"this archive cannot be taken: {error}",
             where=path,
             remedy="Save one image with its full name and tag into it (docker save, or skopeo copy ... oci-archive:).",
         ) from error
@@ -266,10 +267,6 @@ def _operators_archive(path: Path, arch: Arch, cluster: Cluster, desk: Desk) -> 
         path.name, desk.cache.path(sha256), sha256, path.stat().st_size, Origin(found.name, "", "operator")
     )
     return [Image(found.name, found.name, archive)]
-
-
-class _Unfit(Exception):
-    """Why an archive is not taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,23 +280,24 @@ def _look_through(path: Path, arch: Arch) -> _Found:
 
     Every member's name is checked, and the bytes of every blob against its digest.
     """
-    with path.open("rb") as file:
-        start = file.read(2)
-    with tarfile.open(path, "r:gz" if start == b"\x1f\x8b" else "r:") as tar:
+    with bounds.opened(path) as tar:
         members: dict[str, tarfile.TarInfo] = {}
-        for member in tar:
+        for member in bounds.members(tar):
             _check_member(member)
             name = str(PurePosixPath(member.name))
+            if name in members and not member.isdir():
+                raise Damaged(f"{name} stands twice in it")
             members[name] = member
             if member.isfile() and (match := re.fullmatch(r"blobs/(sha256|sha512)/([0-9a-f]+)", name)):
                 content = cast(io.BufferedReader, tar.extractfile(member))
                 if hashlib.file_digest(content, match[1]).hexdigest() != match[2]:
-                    raise _Unfit(f"{name} does not have the bytes that its name promises")
+                    raise Damaged(f"{name} does not have the bytes that its name promises")
+        documents = _Documents(tar, members)
         if "index.json" in members and "oci-layout" in members:
-            return _look_through_oci(tar, members, arch)
+            return _look_through_oci(documents, arch)
         if "manifest.json" in members:
-            return _look_through_docker(tar, members)
-    raise _Unfit("it has neither index.json nor manifest.json")
+            return _look_through_docker(documents)
+    raise Damaged("it has neither index.json nor manifest.json")
 
 
 def _check_member(member: tarfile.TarInfo) -> None:
@@ -310,72 +308,80 @@ def _check_member(member: tarfile.TarInfo) -> None:
     elif member.islnk():
         places.append(PurePosixPath(member.linkname))
     elif not (member.isfile() or member.isdir()):
-        raise _Unfit(f"{member.name} is neither a file nor a folder")
+        raise Damaged(f"{member.name} is neither a file nor a folder")
     for place in places:
         depth = 0
         for part in place.parts:
             depth += -1 if part == ".." else 1
             if depth < 0 or place.is_absolute():
-                raise _Unfit(f"{member.name} leads out of the archive")
+                raise Damaged(f"{member.name} leads out of the archive")
 
 
-def _look_through_oci(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], arch: Arch) -> _Found:
-    entries = _read(tar, members, "index.json")["manifests"]
+class _Documents:
+    """The JSON documents of an archive. members: by their names."""
+
+    def __init__(self, tar: tarfile.TarFile, members: Mapping[str, tarfile.TarInfo]) -> None:
+        self.members = members
+        self._tar = tar
+        self._count = 0
+
+    def read(self, name: str) -> Any:
+        self._count += 1
+        if name not in self.members:
+            raise Damaged(f"{name} is missing")
+        content = self._tar.extractfile(self.members[name])
+        if content is None or self.members[name].size > bounds.LARGEST_DOCUMENT or self._count > _MOST_DOCUMENTS:
+            raise Damaged(f"{name} is no document, or one too many")
+        return bounds.document(content.read())
+
+
+def _look_through_oci(documents: _Documents, arch: Arch) -> _Found:
+    entries = documents.read("index.json")["manifests"]
     names = {_full_name(entry.get("annotations", {})) for entry in entries}
     if len(names) != 1:
-        raise _Unfit(f"it holds {len(names)} images")
-    architectures: list[str] = []
-    for config in _configs(tar, members, entries):
-        architectures.append(str(config.get("architecture")))
+        raise Damaged(f"it holds {len(names)} images")
+    architectures = [str(config.get("architecture")) for config in _configs(documents, entries)]
     if not architectures:
-        raise _Unfit("it holds no image")
+        raise Damaged("it holds no image")
     return _Found(names.pop(), arch if arch in architectures else architectures[0])
 
 
-def _configs(
-    tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], entries: Sequence[dict[str, Any]], depth: int = 0
-) -> Iterator[dict[str, Any]]:
+def _configs(documents: _Documents, entries: Sequence[dict[str, Any]], depth: int = 0) -> Iterator[dict[str, Any]]:
     """The configurations of those images below an index whose parts are all there."""
     for entry in entries:
-        name = f"blobs/{entry['digest'].replace(':', '/')}"
-        if depth and name not in members:
+        name = _blob_name(entry)
+        if depth and name not in documents.members:
             continue  # an index may name architectures that were not saved
-        document = _read(tar, members, name)
+        document = documents.read(name)
         if entry.get("mediaType") in INDEX_TYPES or "manifests" in document:
             if depth > 2:
-                raise _Unfit("its indices are nested too deeply")
-            yield from _configs(tar, members, document["manifests"], depth + 1)
+                raise Damaged("its indices are nested too deeply")
+            yield from _configs(documents, document["manifests"], depth + 1)
             continue
         if "attestation-manifest" in json.dumps(entry.get("annotations", {})):
             continue
         for part in (document["config"], *document["layers"]):
-            if f"blobs/{part['digest'].replace(':', '/')}" not in members:
-                raise _Unfit(f"the blob {part['digest']} is missing")
-        yield _read(tar, members, f"blobs/{document['config']['digest'].replace(':', '/')}")
+            if _blob_name(part) not in documents.members:
+                raise Damaged(f"the blob {part['digest']} is missing")
+        yield documents.read(_blob_name(document["config"]))
 
 
-def _look_through_docker(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> _Found:
-    images = _read(tar, members, "manifest.json")
+def _blob_name(descriptor: Mapping[str, Any]) -> str:
+    return f"blobs/{descriptor['digest'].replace(':', '/')}"
+
+
+def _look_through_docker(documents: _Documents) -> _Found:
+    images = documents.read("manifest.json")
     if len(images) != 1:
-        raise _Unfit(f"it holds {len(images)} images")
+        raise Damaged(f"it holds {len(images)} images")
     [image] = images
     tags = image.get("RepoTags") or []
     if not tags:
-        raise _Unfit("its image has no name")
+        raise Damaged("its image has no name")
     for part in image["Layers"]:
-        if part not in members:
-            raise _Unfit(f"the layer {part} is missing")
-    return _Found(_normal(tags[0]), str(_read(tar, members, image["Config"]).get("architecture")))
-
-
-def _read(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], name: str) -> Any:
-    """A JSON document of the archive."""
-    if name not in members:
-        raise _Unfit(f"{name} is missing")
-    content = tar.extractfile(members[name])
-    if content is None or members[name].size > _LARGEST_DOCUMENT:
-        raise _Unfit(f"{name} is no document")
-    return json.loads(content.read())
+        if part not in documents.members:
+            raise Damaged(f"the layer {part} is missing")
+    return _Found(_well_formed(_normal(tags[0])), str(documents.read(image["Config"]).get("architecture")))
 
 
 def _full_name(annotations: dict[str, str]) -> str:
@@ -383,8 +389,16 @@ def _full_name(annotations: dict[str, str]) -> str:
     and pods ask by whole names, with registry and tag."""
     name = annotations.get(_NAME) or annotations.get(_REF, "")
     if "/" not in name or _normal(name) != name or not re.search("[:@]", name.rpartition("/")[2]):
-        raise _Unfit(f"its image has no full name{f' but {name!r}' if name else ''}")
-    return name
+        raise Damaged(f"its image has no full name{f' but {name!r}' if name else ''}")
+    return _well_formed(name)
+
+
+def _well_formed(name: str) -> str:
+    """The name, which will stand in lists and command lines on machines."""
+    try:
+        return formats.image_name(name)
+    except formats.Malformed as malformed:
+        raise Damaged(f"of its image's name, {malformed}") from None
 
 
 def _normal(reference: str) -> str:

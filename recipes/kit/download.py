@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # imported where it is used: a bake that fetches nothing does
 CHUNK = 1 << 20  # bytes; hashing speed does not grow beyond
 NETWORK_CHUNK = 1 << 18  # bytes; at most this much is lost when a connection breaks off
 HEX_DIGITS = {"sha256": 64, "sha512": 128}
+LARGEST = 32 << 30  # bytes that any one file may have
 STALE = 2 * 86400.0  # seconds after which a temporary file is nobody's
 
 
@@ -158,11 +159,19 @@ class Desk:
         return Cache(self.build / "downloads")
 
 
-def fetch(url: str, digest: str, desk: Desk, *, title: str = "", headers: Mapping[str, str] | None = None) -> Path:
+def fetch(
+    url: str,
+    digest: str,
+    desk: Desk,
+    *,
+    title: str = "",
+    headers: Mapping[str, str] | None = None,
+    limit: int = LARGEST,
+) -> Path:
     """The file with this digest ("sha256:<hex>" or "sha512:<hex>"): from the cache, else from url or the mirror.
 
-    Downloads go on where they broke off, in a later run too. Headers go to url's own host only. Raises Unreachable,
-    NotServed or WrongBytes; returns a path in the cache.
+    Downloads go on where they broke off, in a later run too. Headers go to url's own host only. limit: bytes that the
+    file may have at most. Raises Unreachable, NotServed or WrongBytes; returns a path in the cache.
     """
     algorithm, wanted = _parse_digest(digest, url)
     if found := _find(algorithm, wanted, desk.cache):
@@ -175,9 +184,9 @@ def fetch(url: str, digest: str, desk: Desk, *, title: str = "", headers: Mappin
         if found := _find(algorithm, wanted, desk.cache):  # another process fetched it while we waited
             return found
         if isinstance(place, Path):
-            got = _copy(place, partial, algorithm, title, desk)
+            got = _copy(place, partial, algorithm, title, desk, limit)
         else:
-            got = _Download(place, partial, algorithm, wanted, title, headers or {}, desk).run()
+            got = _Download(place, partial, algorithm, wanted, title, headers or {}, desk, limit).run()
         if got != wanted:
             name = f"{wanted[:16]}-{PurePosixPath(urlsplit(url).path).name or 'file'}"
             rejected = desk.cache.reject(partial, name)
@@ -281,7 +290,15 @@ class _Download:
     """
 
     def __init__(
-        self, url: str, partial: Path, algorithm: str, wanted: str, title: str, headers: Mapping[str, str], desk: Desk
+        self,
+        url: str,
+        partial: Path,
+        algorithm: str,
+        wanted: str,
+        title: str,
+        headers: Mapping[str, str],
+        desk: Desk,
+        limit: int,
     ) -> None:
         self.url = url
         self.host = urlsplit(url).netloc
@@ -292,6 +309,7 @@ class _Download:
         self.title = title
         self.headers = headers
         self.desk = desk
+        self.limit = limit
         self.answered = False
         self.resumed = False
 
@@ -307,7 +325,8 @@ class _Download:
                     got = self._attempt(session)
                 except _Again as again:
                     size = self.partial.stat().st_size if self.partial.exists() else 0
-                    best, tries = (size, 1) if size > best else (best, tries + 1)
+                    # A little more each time would go on for ever.
+                    best, tries = (size, 1) if size >= best + NETWORK_CHUNK else (best, tries + 1)
                     if tries >= patience.attempts:
                         self.desk.silent_hosts.add(self.host)
                         raise Unreachable(
@@ -378,7 +397,7 @@ class _Download:
             return
         if status in (408, 425, 429) or status >= 500:
             asked = response.headers.get("Retry-After", "")
-            raise _Again(f"{self.host} says {status} {response.reason}", float(asked) if asked.isdigit() else 0.0)
+            raise _Again(f"{self.host} says {status} {response.reason}", float(asked) if asked.isdecimal() else 0.0)
         raise NotServed(
             f"{self.title} is not served here: {self.host} says {status} {response.reason}",
             status=status,
@@ -392,7 +411,8 @@ class _Download:
         import urllib3.exceptions
 
         length = response.headers.get("Content-Length", "")
-        total = offset + int(length) if length.isdigit() else None
+        total = offset + int(length) if length.isdecimal() else None
+        self._bound(total or 0)
         with (
             self.partial.open("r+b" if offset else "wb") as file,
             self.desk.progress.step(self.title, total, "bytes") as advance,
@@ -404,11 +424,21 @@ class _Download:
                     file.write(chunk)
                     digest.update(chunk)
                     offset += len(chunk)
+                    self._bound(offset)
                     advance(offset)
             except (urllib3.exceptions.HTTPError, requests.exceptions.RequestException, ConnectionError) as trouble:
                 if digest.hexdigest() == self.wanted:  # the server announced more than there is
                     return
                 raise _Again(f"{_in_words(trouble)} after {offset} bytes") from trouble
+
+    def _bound(self, size: int) -> None:
+        if size > self.limit:
+            self._forget()
+            raise WrongBytes(
+                f"{self.title} is larger than the {self.limit} bytes that it may have",
+                where=self.url,
+                remedy="a mirror or proxy may have changed it; see what is served there",
+            )
 
     def _validator(self) -> str | None:
         """What If-Range may say about the partial file, if there is one and it came from this URL."""
@@ -441,11 +471,13 @@ def _in_words(trouble: Exception) -> str:
     return "the connection broke off"
 
 
-def _copy(source: Path, target: Path, algorithm: str, title: str, desk: Desk) -> str:
+def _copy(source: Path, target: Path, algorithm: str, title: str, desk: Desk, limit: int) -> str:
     """Copy from a mirror's folder; returns the digest of what was copied."""
     digest = hashlib.new(algorithm)
     try:
         size = source.stat().st_size
+        if not source.is_file() or size > limit:  # neither a pipe nor a device
+            raise NotServed(f"what the mirror has as {title} is no file of a sane size", where=str(source))
         with (
             source.open("rb") as file,
             target.open("wb") as copy,

@@ -18,6 +18,11 @@ class Place:
         return ":".join(str(part) for part in (self.file, self.line, self.column) if part is not None)
 
 
+def printable(text: str) -> str:
+    """Text in which a stranger may have had a word, for a terminal: nothing in it moves the cursor or hides a word."""
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+
+
 class BakeError(Exception):
     """The one base of every error that a person can mend; shown without a traceback.
 
@@ -32,7 +37,7 @@ class BakeError(Exception):
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where is not None else self.what
-        return f"{text}\n  -> {self.remedy}" if self.remedy else text
+        return printable(f"{text}\n  -> {self.remedy}" if self.remedy else text)
 
 
 class BakeErrors(BakeError):

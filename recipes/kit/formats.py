@@ -334,7 +334,7 @@ def registry_host(text: str) -> str:
 def image_reference(text: str) -> str:
     """registry/repository[:tag]@sha256:..., the only form that always means the same bytes."""
     subject, at, digest = text.partition("@")
-    domain, slash, repository = subject.partition("/")
+    domain, slash, _ = subject.partition("/")
     if not at:
         remedy = "Name a file that exists (relative to the cluster file), or a reference by digest: name@sha256:...."
         raise Malformed(f"{_shown(text)} is neither an archive that exists nor a reference by digest", remedy)
@@ -342,8 +342,15 @@ def image_reference(text: str) -> str:
         raise Malformed(f"{_shown(digest)} is not a digest", "Write sha256: and 64 hexadecimal digits.")
     if not slash or not ("." in domain or ":" in domain):
         raise Malformed(f"{_shown(subject)} names no registry", f"Write it out, as docker.io/library/{subject}@....")
+    return image_name(text)
+
+
+def image_name(text: str) -> str:
+    """registry/repository with a tag or a digest or both, as containerd files an image."""
+    subject, at, digest = text.partition("@")
+    domain, _, repository = subject.partition("/")
     registry_host(domain)
-    if not _REPOSITORY.fullmatch(repository):
+    if not _REPOSITORY.fullmatch(repository) or (at and not _DIGEST.fullmatch(digest)):
         raise Malformed(f"{_shown(repository)} is not an image's name", "Write it in lower case, as team/app:1.0.")
     return text
 

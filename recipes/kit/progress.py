@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal, Protocol
 
+from recipes.kit.errors import printable
+
 Unit = Literal["bytes", "packages", "files", "machines"]
 Advance = Callable[[int], None]
 
@@ -40,10 +42,10 @@ class Lines:
     WORTH_TELLING = 1.0
 
     def note(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(printable(f"warning: {text}"), file=sys.stderr, flush=True)
 
     @contextmanager
     def step(self, title: str, total: int | None, unit: Unit) -> Iterator[Advance]:
@@ -73,10 +75,10 @@ class Bars:
         self._console = Console(stderr=True)
 
     def note(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False)
+        self._console.print(printable(text), markup=False, highlight=False)
 
     def warn(self, text: str) -> None:
-        self._console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
+        self._console.print(printable(f"warning: {text}"), style="yellow", markup=False, highlight=False)
 
     @contextmanager
     def step(self, title: str, total: int | None, unit: Unit) -> Iterator[Advance]:

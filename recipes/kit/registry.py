@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.kit.download import Desk, NotServed, Unreachable, explain, fetch, open_session, stand_in
+from recipes.kit import bounds
+from recipes.kit.download import LARGEST, Desk, NotServed, Unreachable, explain, fetch, open_session, stand_in
 from recipes.kit.errors import BakeError
 from recipes.kit.model import Arch
 
@@ -21,7 +21,7 @@ MANIFEST_TYPES = (
     "application/vnd.docker.distribution.manifest.v2+json",
 )
 DOCKER_HUB = ("registry-1.docker.io", "docker.io")  # where it is, what references call it
-LARGEST_DOCUMENT = 4 << 20  # bytes; the specification's bound for manifests
+_LARGEST_TOKEN = 1 << 20  # bytes of a token service's answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +48,23 @@ def pull_image(
 ) -> Pulled:
     """Fetch the image for linux/arch; digest ("sha256:<hex>") is the index's or the manifest's, tags prove nothing.
 
-    Raises Unreachable, NotServed or WrongBytes as fetch() does, BakeError if the image has no such architecture.
+    Raises Unreachable, NotServed or WrongBytes as fetch() does, BakeError if the image has no such architecture or is
+    not as the specification has it.
     """
     registry = _Registry(reference, desk, credentials)
-    top, document = registry.document(digest)
-    if document.get("mediaType", top.media_type) in INDEX_TYPES or "manifests" in document:
-        top, document = registry.document(_for_arch(document, arch, reference))
-    config = registry.blob(document["config"])
-    layers = tuple(registry.blob(layer) for layer in document["layers"])
-    built_for = json.loads(config.path.read_bytes()).get("architecture")
+    try:
+        top, document = registry.document(digest)
+        if document.get("mediaType", top.media_type) in INDEX_TYPES or "manifests" in document:
+            top, document = registry.document(_for_arch(document, arch, reference))
+        config = registry.blob(document["config"], bounds.LARGEST_DOCUMENT)
+        layers = tuple(registry.blob(layer, int(layer["size"])) for layer in document["layers"])
+        built_for = bounds.document(config.path.read_bytes()).get("architecture")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise BakeError(
+            f"the image is not as the specification has it ({error})",
+            where=f"{reference}@{digest}",
+            remedy="look at who made it",
+        ) from error
     if built_for != arch:
         raise BakeError(f"the image is for {built_for}, not for {arch}", where=f"{reference}@{digest}")
     return Pulled(top, config, layers)
@@ -84,33 +92,30 @@ class _Registry:
     def document(self, digest: str) -> tuple[Blob, dict[str, Any]]:
         """A manifest or an index."""
         accept = ", ".join((*INDEX_TYPES, *MANIFEST_TYPES))
-        path = self._fetch("manifests", digest, {"Accept": accept})
-        size = path.stat().st_size
+        path = self._fetch("manifests", digest, {"Accept": accept}, bounds.LARGEST_DOCUMENT)
         try:
-            if size > LARGEST_DOCUMENT:
-                raise ValueError
-            read = json.loads(path.read_bytes())
+            read = bounds.document(path.read_bytes())
             if not isinstance(read, dict) or not ("manifests" in read or {"config", "layers"} <= read.keys()):
                 raise ValueError
         except ValueError:
             raise BakeError("this is no image manifest", where=f"{self.reference}@{digest}") from None
-        return Blob(read.get("mediaType", MANIFEST_TYPES[0]), digest, size, path), read
+        return Blob(str(read.get("mediaType", MANIFEST_TYPES[0])), digest, path.stat().st_size, path), read
 
-    def blob(self, descriptor: dict[str, Any]) -> Blob:
+    def blob(self, descriptor: dict[str, Any], limit: int) -> Blob:
         digest = str(descriptor["digest"])
-        path = self._fetch("blobs", digest, {})
+        path = self._fetch("blobs", digest, {}, min(limit, LARGEST))
         return Blob(str(descriptor["mediaType"]), digest, path.stat().st_size, path)
 
-    def _fetch(self, kind: str, digest: str, headers: dict[str, str]) -> Path:
+    def _fetch(self, kind: str, digest: str, headers: dict[str, str], limit: int) -> Path:
         url = f"https://{self.host}/v2/{self.repository}/{kind}/{digest}"
         title = f"{self.reference.partition('@')[0]} ({kind.removesuffix('s')})"
         try:
-            return fetch(url, digest, self.desk, title=title, headers=self._authorized(headers))
+            return fetch(url, digest, self.desk, title=title, headers=self._authorized(headers), limit=limit)
         except NotServed as refusal:
             if refusal.status != 401 or not refusal.challenge:
                 raise
             self.authorization = self._authorize(refusal)
-        return fetch(url, digest, self.desk, title=title, headers=self._authorized(headers))
+        return fetch(url, digest, self.desk, title=title, headers=self._authorized(headers), limit=limit)
 
     def _authorized(self, headers: dict[str, str]) -> dict[str, str]:
         return {**headers, "Authorization": self.authorization} if self.authorization else headers
@@ -124,18 +129,27 @@ class _Registry:
         url = stand_in(said["realm"], self.desk.mirror)
         if isinstance(url, Path):
             raise refusal
+        if self.credentials and self.desk.mirror is None and not url.startswith("https://"):
+            raise NotServed(
+                f"{self.host} asks for the password in the clear", where=url, remedy="let it name an https:// service"
+            )
+        import urllib3.exceptions
+
         patience = self.desk.patience
         query = {"service": said.get("service", ""), "scope": said.get("scope", f"repository:{self.repository}:pull")}
         with open_session() as session:
             try:
                 timeout = (patience.connect, patience.read)
-                answer = session.get(url, params=query, auth=self.credentials, timeout=timeout)
-            except OSError as trouble:
+                answer = session.get(url, params=query, auth=self.credentials, timeout=timeout, stream=True)
+                told = answer.raw.read(_LARGEST_TOKEN, decode_content=True)
+            except (OSError, urllib3.exceptions.HTTPError) as trouble:
                 raise explain(trouble, url) or Unreachable("the token service broke off", where=url) from trouble
         try:
-            given = answer.json()
+            given = bounds.document(told)
             token = given.get("token") or given["access_token"]
-        except (ValueError, KeyError, AttributeError):
+            if not re.fullmatch(r"[!-~]+", token):  # else it could bring headers of its own
+                raise ValueError
+        except (ValueError, KeyError, AttributeError, TypeError):
             raise NotServed(
                 f"{self.host} gives no token for {self.repository} ({answer.status_code} {answer.reason})",
                 status=answer.status_code,
