@@ -122,7 +122,7 @@ def task_payload() -> Iterator[Task]:
             "name": f"{role}-{arch}",
             "actions": [action(bake().make_payload, role, arch)],
             "file_dep": [*records, *overlay.inputs(overlay.layers(bake().cluster, role))],
-            "targets": [bake().payload(role, arch), bake().payload_record(role, arch)],
+            "targets": [bake().payload(role, arch), bake().payload_record(role, arch), bake().payload_bom(role, arch)],
             "uptodate": [Same(bake().inputs_of_payload, role, arch)],
             "clean": True,
         }

@@ -79,6 +79,10 @@ class Bake:
         """The JSON that payload.write() puts beside the tarball."""
         return self.payload(role, arch).with_name(f"{role}-{arch}.json")
 
+    def payload_bom(self, role: Role, arch: Arch) -> Path:
+        """What the payload is made of (CycloneDX), as it lies in the payload too."""
+        return self.payload(role, arch).with_name(f"{role}-{arch}.cdx.json")
+
     def tarball(self, node: Node) -> Path:
         return self.folder / "nodes" / f"{node.name}.tar.gz"
 
@@ -89,8 +93,12 @@ class Bake:
         """The disk that disk images begin with, where it is made here."""
         return self.folder / "bases" / f"{arch}.raw"
 
+    def base_bom(self, arch: Arch) -> Path:
+        """What that disk is made of (CycloneDX)."""
+        return self.base(arch).with_name(f"{arch}.cdx.json")
+
     def base_files(self, arch: Arch) -> list[Path]:
-        made = [] if self.cluster.base_image(arch) else [self.base(arch)]
+        made = [] if self.cluster.base_image(arch) else [self.base(arch), self.base_bom(arch)]
         return [self.record("bases", arch), *made]
 
     def disk(self, node: Node) -> Path:
@@ -213,7 +221,7 @@ class Bake:
         return digest(self.code, self.shared, role, arch, self.mtime, self.secrets.cluster_id, self._operators_files())
 
     def make_payload(self, role: Role, arch: Arch) -> None:
-        from recipes import closure, payload
+        from recipes import bom, closure, payload
 
         by_component: dict[str, list[Fetched]] = {}
         for file in records.read_fetched(self.record("binaries", arch)):
@@ -221,6 +229,9 @@ class Bake:
         debs = records.read_fetched(self.record("packages", f"{role}-{arch}"))
         archives = records.read_images(self.record("images", arch))
         contents = payload.files(self.shared, role, arch, by_component, archives, debs)
+        title, release = payload.title(self.cluster, role, arch), payload.digest_of(contents)
+        parts = bom.payload(title, release, arch, contents, by_component, archives, mtime=self.mtime)
+        contents.append(parts)
         wanted = overlay.packages(self.cluster, role)
         proven = closure.prove_payload(contents, self.cluster, role, arch, archives, wanted)
         self._audit.payload(contents, f"payload {role} {arch}")
@@ -241,6 +252,7 @@ class Bake:
             progress=self.desk.progress,
             beside={"proven": proven.as_record()},
         )
+        atomic.write(self.payload_bom(role, arch), parts.data or b"")
 
     def identity(self, node: Node, *, sums: str) -> list[File]:
         from recipes import node as node_recipe
@@ -311,21 +323,25 @@ class Bake:
             base.check(arch)
 
     def make_base(self, arch: Arch) -> None:
-        from recipes import base
+        from recipes import base, bom
 
         if (image := self.cluster.base_image(arch)) is not None:
             made = base.fetched(image, self.desk)
         else:
             made = base.make(self.cluster, arch, self.base(arch), self.desk, mtime=self.mtime)
+            debs = base.packages_in(self.cluster, arch, self.desk)
+            document = bom.system(f"debian-{arch}", made.sha256[:16], arch, debs, mtime=self.mtime)
+            atomic.write(self.base_bom(arch), document)
         records.write(self.record("bases", arch), [made])
 
-    def disk_layout(self, node: Node) -> Layout:
+    def disk_layout(self, node: Node, seed: Path | None = None) -> Layout:
+        """The disk of a machine, with its seed as it was baked or with another copy of it."""
         from recipes import disk
 
         [base] = records.read_fetched(self.record("bases", node.arch))
         ours = self.cluster.base_image(node.arch) is None
         owner = f"{self.secrets.cluster_id}/{node.name}"
-        return disk.layout(base.path, self.seed(node), node.arch, owner, renew=ours)
+        return disk.layout(base.path, seed or self.seed(node), node.arch, owner, renew=ours)
 
     def make_disk(self, node: Node) -> None:
         from recipes import disk

@@ -146,7 +146,7 @@ def make(cluster: Cluster, arch: Arch, target: Path, desk: Desk, *, mtime: int) 
     The same bytes from the same packages, on any desk. BakeError: something is lacking, or a package does not install.
     """
     check(arch)
-    system = packages.obtain_system([*PACKAGES, KERNEL[arch]], arch, cluster, desk)
+    system = _system(cluster, arch, desk)
     loaders = packages.unpacked(LOADERS[arch], "only", arch, cluster, desk)
     tools = packages.unpacked(TOOLS, "whole", native_arch() or arch, cluster, desk)
     esp = fat.image(_loader_files(loaders, arch), ESP_SIZE, "ESP", mtime & 0xFFFFFFFF)
@@ -173,6 +173,15 @@ def make(cluster: Cluster, arch: Arch, target: Path, desk: Desk, *, mtime: int) 
             _make_file_system(tools, tarball, out.fileno(), root * SECTOR, length * SECTOR, arch, mtime)
     origin = Origin("base", packages.SUITE, "debian")
     return Fetched(f"base-{arch}", target, sha256_of(target), sectors * SECTOR, origin)
+
+
+def packages_in(cluster: Cluster, arch: Arch, desk: Desk) -> list[Fetched]:
+    """The Debian packages of which the disk is made: what is installed, and what only brings boot loaders."""
+    return [*_system(cluster, arch, desk), *packages.obtain_alone(LOADERS[arch], arch, cluster, desk)]
+
+
+def _system(cluster: Cluster, arch: Arch, desk: Desk) -> list[Fetched]:
+    return packages.obtain_system([*PACKAGES, KERNEL[arch]], arch, cluster, desk)
 
 
 def _install(system: Sequence[Fetched], arch: Arch, folder: Path, tarball: Path, mtime: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
-from recipes import certificates, images, objects, payload, tokens
+from recipes import bom, certificates, images, objects, payload, tokens
 from recipes.kit import archive, manifest, overlay, store
 from recipes.kit.archive import Packed
 from recipes.kit.model import Cluster, File, Node
@@ -41,6 +41,7 @@ def identity(
             install_by=_iso(secrets.install_by),
         ),
         File(manifest.SIGNING_KEY, data=secrets.signing.public_pem),
+        bom.identity(f"{cluster.name}/{node.name}", payload.title(cluster, node.role, node.arch), sums, secrets.minted),
     ]
     if node.runs_kubelet:
         found.append(tokens.bootstrap_kubeconfig(cluster, node, secrets))

@@ -101,6 +101,11 @@ def obtain_system(names: Sequence[str], arch: Arch, cluster: Cluster, desk: Desk
     return _locked([*BASE, *names], "whole", arch, desk, cluster.debian_mirror, strict)
 
 
+def obtain_alone(names: Sequence[str], arch: Arch, cluster: Cluster, desk: Desk) -> list[Fetched]:
+    """As obtain(), but nothing of what these packages need."""
+    return _locked(names, "only", arch, desk, cluster.debian_mirror, cluster.packages == "locked")
+
+
 def headers(arch: Arch, desk: Desk, mirror: str | None = None) -> Path:
     """A folder with Debian 13's libseccomp-dev unpacked: usr/include, usr/lib/<triplet>/libseccomp.a and its .pc file.
 

@@ -122,6 +122,11 @@ def read_record(target: Path, *keys: str) -> list[Any]:
         ) from error
 
 
+def title(cluster: Cluster, role: Role, arch: Arch) -> str:
+    """What a payload is called: "ha/worker-amd64"."""
+    return f"{cluster.name}/{role}-{arch}"
+
+
 def digest_of(contents: Iterable[File]) -> str:
     """The name of the folder below /opt/nodebake that these files lie in."""
     link = next((file.link for file in contents if file.path == f"{BAKED}/current"), None)

@@ -107,6 +107,10 @@ def machine(name: str) -> set[str]:
     return {f"nodes/{name}.tar.gz", f"seeds/{name}.iso"}
 
 
+def payload(role: str) -> set[str]:
+    return {f"payloads/{role}-amd64.{ending}" for ending in ("tar.gz", "json", "cdx.json")}
+
+
 def made(told: str) -> set[str]:
     """The tasks that a run told of."""
     return set(re.findall(rf"^(?:{'|'.join(KINDS)})(?::[\w-]+)?$", told, re.MULTILINE))
@@ -178,7 +182,7 @@ def test_list_has_a_line_for_each_kind_and_mints_nothing(tmp_path: Path) -> None
 
 def test_one_machine_needs_no_other(first: tuple[set[str], set[str], str]) -> None:
     artifacts, tasks, then = first
-    assert artifacts == machine("worker-2") | {"payloads/worker-amd64.tar.gz", "payloads/worker-amd64.json"}
+    assert artifacts == machine("worker-2") | payload("worker")
     expected = {"binaries:amd64", "images:amd64", "packages:worker-amd64", "payload:worker-amd64", "node:worker-2"}
     assert tasks == expected
     assert made(then) == {
@@ -414,9 +418,8 @@ def test_another_etcd_unit_rebuilds_control_planes_only(editing: Desk) -> None:
     unit = editing.project.root / "overlays/etcd/etc/systemd/system/etcd.service.j2"
     with edited(unit, lambda text: text.replace("[Unit]\n", "[Unit]\n# edited\n", 1)):
         told = editing.doit("node")
-    payload = {"payloads/control-plane-amd64.tar.gz", "payloads/control-plane-amd64.json"}
     assert made(told) == {"payload:control-plane-amd64", "node:control-1"}
-    assert changed(before, editing.stamps()) == payload | machine("control-1")
+    assert changed(before, editing.stamps()) == payload("control-plane") | machine("control-1")
 
 
 def test_a_deleted_artifact_is_made_again(small: Desk) -> None:

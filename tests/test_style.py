@@ -26,7 +26,7 @@ ORDER = [
         "kit.fat",
         "kit.gpt",
     ],
-    ["kit.bounds", "kit.choices", "kit.download", "kit.registry", "kit.unpack", "kit.gotool"],
+    ["kit.bounds", "kit.choices", "kit.download", "kit.registry", "kit.unpack", "kit.gotool", "kit.buildinfo"],
     ["kit.formats", "kit.places", "kit.clusterfile", "kit.inventory"],
     [
         "kit.overlay",
@@ -37,7 +37,7 @@ ORDER = [
         "kit.kubeconfig",
         "kit.store",
     ],
-    ["components", "records", "binaries", "packages", "images", "certificates", "objects", "tokens"],
+    ["components", "records", "binaries", "packages", "images", "certificates", "objects", "tokens", "bom"],
     ["payload", "node"],
     ["seed", "base", "disk"],
     ["closure", "audit", "bake", "report"],
