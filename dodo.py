@@ -19,6 +19,7 @@ from recipes.bake import PACKAGE, Bake
 from recipes.kit import graph, inventory, overlay, store
 from recipes.kit.choices import Choices
 from recipes.kit.download import Desk
+from recipes.kit.errors import BakeError, BakeErrors
 from recipes.kit.graph import Same, action, argument
 from recipes.kit.model import Arch, Node, Source
 from recipes.kit.progress import for_this_terminal
@@ -272,6 +273,22 @@ def info(names: list[str]) -> None:
         print(report.cluster(look))
     for node in [inventory.find(look.cluster, name.removeprefix("node:")) for name in names]:
         print(report.machine(look, node))
+
+
+def verify(names: list[str]) -> None:
+    """What `doit verify FILE ...` does: a line for each file that is whole; then BakeErrors for the others."""
+    from recipes.verify import Verifier
+
+    if not names:
+        raise BakeError("there is no FILE to check", remedy="say doit verify FILE ...")
+    verifier, errors = Verifier(replace(bake(), minting=False)), list[BakeError]()
+    for name in names:
+        try:
+            print(f"{name}: {verifier.of(Path(name))}", flush=True)
+        except BakeError as error:
+            errors.append(error)
+    if errors:
+        raise BakeErrors(errors)
 
 
 def at_end(selected: list[str]) -> None:

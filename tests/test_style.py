@@ -25,6 +25,7 @@ ORDER = [
         "kit.search",
         "kit.fat",
         "kit.gpt",
+        "kit.iso",
     ],
     ["kit.bounds", "kit.choices", "kit.download", "kit.registry", "kit.unpack", "kit.gotool", "kit.buildinfo"],
     ["kit.formats", "kit.places", "kit.clusterfile", "kit.inventory"],
@@ -36,11 +37,12 @@ ORDER = [
         "kit.pki",
         "kit.kubeconfig",
         "kit.store",
+        "kit.check",
     ],
     ["components", "records", "binaries", "packages", "images", "certificates", "objects", "tokens", "bom"],
     ["payload", "node"],
     ["seed", "base", "disk"],
-    ["closure", "audit", "bake", "report"],
+    ["closure", "audit", "bake", "report", "verify"],
 ]
 
 

@@ -32,7 +32,7 @@ from recipes.kit.hashing import sha256_of
 from recipes.kit.locks import locked
 
 BUILD = Path("build")
-COMMANDS = ("clean", "help", "info", "list")  # doit's others are for mending doit itself
+COMMANDS = ("clean", "help", "info", "list", "verify")  # doit's others are for mending doit itself
 
 
 def argument(name: str, *, one_of: Sequence[str] = ()) -> str | None:
@@ -80,7 +80,7 @@ class Loader(DodoTaskLoader):  # type: ignore[misc]
         Loader.named = tuple(names) if cmd.execute_tasks and names and plain else None
         with _told():
             tasks = super().load_tasks(cmd, pos_args)
-            if cmd.get_name() not in ("help", "info"):  # theirs are no tasks
+            if cmd.get_name() not in ("help", "info", "verify"):  # theirs are no tasks
                 _check_names(tasks, names)
             return tasks
 
@@ -264,16 +264,28 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
             Reporter.at_end(self._selected)
 
 
-class Info(DoitCmdBase):  # type: ignore[misc]
-    """`doit info [NODE]`: what is in the cluster or in one machine's artifact; dodo.py says how, as `info(names)`."""
+class _Looking(DoitCmdBase):  # type: ignore[misc]
+    """A command of ours that bakes nothing; dodo.py says how, in a function of the command's name."""
 
-    doc_purpose = "show the cluster, or one machine: what is in it, from where, until when"
-    doc_usage = "[NODE]"
     doc_description = None
     execute_tasks = False
 
     def _execute(self, pos_args: list[str]) -> int:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `doit info | head` is no mistake
         with _told():
-            self.loader.namespace["info"](pos_args)
+            self.loader.namespace[self.get_name()](pos_args)
         return 0
+
+
+class Info(_Looking):
+    """`doit info [NODE]`: what is in the cluster or in one machine's artifact, from where, until when."""
+
+    doc_purpose = "show the cluster, or one machine: what is in it, from where, until when"
+    doc_usage = "[NODE]"
+
+
+class Verify(_Looking):
+    """`doit verify FILE ...`: whether artifacts are as they were baked, for this cluster."""
+
+    doc_purpose = "check artifacts: every byte, and that they are this cluster's"
+    doc_usage = "FILE ..."

@@ -13,6 +13,7 @@ from functools import lru_cache
 from ipaddress import IPv4Address
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -22,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
     load_pem_private_key,
+    load_pem_public_key,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
@@ -183,6 +185,18 @@ def sign(key_pem: bytes, data: bytes) -> bytes:
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise TypeError("manifests are signed with an elliptic curve key")
     return key.sign(data, ec.ECDSA(hashes.SHA256(), deterministic_signing=True))
+
+
+def signed(public_pem: bytes, signature: bytes, data: bytes) -> bool:
+    """Whether this is the signature of sign() by that key."""
+    key = load_pem_public_key(public_pem)
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise TypeError("manifests are signed with an elliptic curve key")
+    try:
+        key.verify(signature, data, ec.ECDSA(hashes.SHA256()))
+    except InvalidSignature:
+        return False
+    return True
 
 
 def new_ssh_host_key() -> tuple[bytes, str]:

@@ -153,7 +153,12 @@ def sign(secrets: Secrets, data: bytes) -> bytes:
 
 def fingerprint(secrets: Secrets) -> str:
     """SHA-256 of the signing public key (DER SubjectPublicKeyInfo) in hex, for people to compare."""
-    body = [line for line in secrets.signing.public_pem.splitlines() if not line.startswith(b"-----")]
+    return fingerprint_of(secrets.signing.public_pem)
+
+
+def fingerprint_of(public_pem: bytes) -> str:
+    """The same of any public key."""
+    body = [line for line in public_pem.splitlines() if not line.startswith(b"-----")]
     return hashlib.sha256(base64.b64decode(b"".join(body))).hexdigest()
 
 
