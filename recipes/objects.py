@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from recipes.kit.errors import BakeError, BakeErrors, Place
 from recipes.kit.model import Cluster
 from recipes.kit.profiles import ADMIN_GROUP
 
+_API_VERSION = re.compile(r"([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?v[a-z0-9]{1,30}")
+_KIND = re.compile(r"[A-Za-z][A-Za-z0-9]{0,62}")
+_LARGEST_DOCUMENT = 1_000_000  # values of one of the operator's documents, aliases written out
 SCHEMAS = "1.37"  # Kubernetes' schemas that objects are validated against
 
 RBAC = "rbac.authorization.k8s.io"
@@ -120,7 +124,7 @@ def operators(files: Iterable[Path]) -> list[Object]:
                 else:
                     mistakes.append(
                         BakeError(
-                            f"{_title(candidate)} is no valid object of Kubernetes {SCHEMAS}: {why}",
+                            f"{_title(candidate)[:300]} is no valid object of Kubernetes {SCHEMAS}: {why[:1000]}",
                             where=Place(file, line),
                             remedy="correct the manifest",
                         )
@@ -484,13 +488,14 @@ def _documents(file: Path) -> list[tuple[int, Any]]:
             where=Place(file),
             remedy="correct extraObjects in the cluster file",
         ) from error
-    loader = yaml.SafeLoader(text)
     found: list[tuple[int, Any]] = []
     try:
+        loader = yaml.SafeLoader(text)
         while loader.check_node():
             node = loader.get_node()
             assert node is not None  # noqa: S101  check_node() said so
             _refuse_duplicates(node, set())
+            _refuse_growth(node)
             content = loader.construct_document(node)
             if content is not None:
                 found.append((node.start_mark.line + 1, content))
@@ -500,9 +505,28 @@ def _documents(file: Path) -> list[tuple[int, Any]]:
         raise BakeError(
             f"not YAML: {getattr(error, 'problem', error)}", where=place, remedy="correct the manifest"
         ) from error
-    finally:
-        loader.dispose()
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
+        # What a tag or a bare word promises and is not: a day of no month, a number of thousands of digits.
+        raise BakeError(
+            f"not YAML that can be understood: {str(error)[:200]}", where=Place(file), remedy="correct the manifest"
+        ) from error
     return found
+
+
+def _refuse_growth(top: yaml.Node) -> None:
+    """Raises for aliases by which a small document becomes a huge one, or one without end."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = _LARGEST_DOCUMENT + 1  # within itself it has no end
+            inner = () if isinstance(node, yaml.ScalarNode) else node.value
+            parts = (part for item in inner for part in (item if isinstance(item, tuple) else (item,)))
+            sizes[id(node)] = 1 + sum(map(size, parts))
+        return sizes[id(node)]
+
+    if size(top) > _LARGEST_DOCUMENT:
+        raise yaml.MarkedYAMLError(problem="aliases make it too large", problem_mark=top.start_mark)
 
 
 def _refuse_duplicates(node: yaml.Node, seen: set[int]) -> None:
@@ -533,9 +557,11 @@ def _flattened(content: Any) -> list[Any]:
 def _shapeless(candidate: Any) -> str | None:
     if not isinstance(candidate, dict):
         return "it is no mapping"
-    for field in ("apiVersion", "kind"):
-        if not isinstance(candidate.get(field), str):
+    for field, form in (("apiVersion", _API_VERSION), ("kind", _KIND)):
+        if not isinstance(given := candidate.get(field), str):
             return f"{field} is missing"
+        if not form.fullmatch(given):  # schemas are looked for in files of such names
+            return f"{field} is not of the form that {field}s have"
     metadata = candidate.get("metadata")
     if not isinstance(metadata, dict) or not isinstance(metadata.get("name"), str):
         return "metadata.name is missing"

@@ -63,6 +63,16 @@ class Deb:
     size: int  # bytes
     sha256: str
 
+    def __post_init__(self) -> None:
+        """Names become paths and lines on machines, whoever signed the index or edited the lock."""
+        forms = {"name": r"[a-z0-9][a-z0-9+.-]*", "version": r"[A-Za-z0-9.+~:-]+", "arch": "amd64|arm64|all"}
+        forms |= {"file": r"[A-Za-z0-9.+~:_-]+\.deb", "sha256": "[0-9a-f]{64}"}
+        for field, form in forms.items():
+            if not re.fullmatch(form, text := str(getattr(self, field))):
+                raise BakeError(
+                    f"{text!r} is no Debian package's {field}", remedy="set `debianMirror:` to a true mirror of Debian"
+                )
+
     @property
     def file(self) -> str:
         return unquote(self.path.rsplit("/", 1)[-1])
@@ -181,7 +191,13 @@ def _unpacked(packages: Sequence[Fetched], name: str, desk: Desk) -> Path:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
             made = Path(temporary, "made")
             for package in packages:
-                subprocess.run(["dpkg-deb", "--extract", package.path, made], check=True, capture_output=True)
+                done = subprocess.run(["dpkg-deb", "--extract", package.path, made], capture_output=True, text=True)
+                if done.returncode:
+                    raise BakeError(
+                        f"the package cannot be unpacked: {_first_line(done.stderr)[:500]}",
+                        where=package.path,
+                        remedy="remove it and run doit once more",
+                    )
             made.chmod(0o755)
             try:
                 made.rename(folder)

@@ -381,7 +381,7 @@ class _Download:
                 stream=True,
                 timeout=(patience.connect, patience.read),
             )
-        except OSError as trouble:  # the base of all that requests raises
+        except (OSError, ValueError) as trouble:  # what requests raises, and what a redirect's URL makes it raise
             error = explain(trouble, self.url)
             if error is None or (self.answered and isinstance(error, Unreachable)):
                 raise _Again(_in_words(trouble)) from trouble
@@ -476,6 +476,9 @@ def _copy(source: Path, target: Path, algorithm: str, title: str, desk: Desk, li
     digest = hashlib.new(algorithm)
     try:
         size = source.stat().st_size
+    except OSError as trouble:
+        raise NotServed(f"{title} is not in the mirror: {trouble.strerror}", where=str(source)) from trouble
+    try:
         if not source.is_file() or size > limit:  # neither a pipe nor a device
             raise NotServed(f"what the mirror has as {title} is no file of a sane size", where=str(source))
         with (

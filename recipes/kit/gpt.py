@@ -19,6 +19,7 @@ SECTOR = 512
 ALIGN = 2048  # sectors: 1 MiB, where disks and tools want partitions to begin
 ENTRIES = 128  # places for partitions; their numbers are 1 to 128
 FIRST = 34  # the first sector behind the table
+_MOST_ENTRIES = 1024  # that are read
 LAST = 33  # sectors at the end of the disk: the table once more
 
 ESP = UUID("c12a7328-f81f-11d2-ba4b-00a0c93ec93b")
@@ -106,10 +107,11 @@ def read(image: Path) -> Table:
         fields = _HEADER.unpack_from(head)
         length, crc, guid, at, count, size, sum_of_entries = fields[2], fields[3], *fields[8:]
         blank = head[:16] + bytes(4) + head[20:length]
-        file.seek(at * SECTOR)
-        entries = file.read(count * size)
         image_ends = file.seek(0, 2)
-    if binascii.crc32(blank) != crc or binascii.crc32(entries) != sum_of_entries or size < _ENTRY.size:
+        sane = _ENTRY.size <= size <= SECTOR and count <= _MOST_ENTRIES and at * SECTOR <= image_ends
+        file.seek(at * SECTOR if sane else 0)
+        entries = file.read(count * size if sane else 0)
+    if not sane or binascii.crc32(blank) != crc or binascii.crc32(entries) != sum_of_entries:
         raise BakeError("the partition table is damaged", where=image, remedy="fetch the image again")
     partitions = {}
     for number in range(1, min(count, ENTRIES) + 1):
@@ -118,6 +120,8 @@ def read(image: Path) -> Table:
             told = name.decode("utf-16-le", "replace").partition("\0")[0]
             kind, own = UUID(bytes_le=kind), UUID(bytes_le=own)
             partitions[number] = Partition(kind, own, start, last - start + 1, attributes, told)
+    if len(entries) < count * size or any(part.start < 2 or part.length < 1 for part in partitions.values()):
+        raise BakeError("the partition table is damaged", where=image, remedy="fetch the image again")
     if any(part.end * SECTOR > image_ends for part in partitions.values()):
         raise BakeError("the image is shorter than its partitions", where=image, remedy="fetch the image again")
     return Table(UUID(bytes_le=guid), partitions, mbr)
