@@ -60,9 +60,11 @@ def serve_time(lab: Lab, address: str) -> None:
 
 
 def test_swap_is_turned_off_where_the_cluster_file_says_so(bake: Baker) -> None:
-    """On for the boot by the machine's own fstab, and off after the next one too."""
+    """On for the boot by the machine's own fstab, off from then on. The seed is a disk, as a USB stick is."""
     with switched_on(bake, "timed", VirtualMachine) as lab:
         machine = virtual(lab, "only")
+        machine.eject("cidata")
+        machine.disks.append(lab.build / "seeds" / "only.iso")
         power_on(lab)
         machine.wait(lambda: "first-boot: unpacking" in machine.console, BOOT, "first boot has begun")
         make = "fallocate -l 64M /swap && chmod 600 /swap && mkswap -q /swap && swapon /swap"
