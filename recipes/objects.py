@@ -505,7 +505,7 @@ def _documents(file: Path) -> list[tuple[int, Any]]:
         raise BakeError(
             f"not YAML: {getattr(error, 'problem', error)}", where=place, remedy="correct the manifest"
         ) from error
-    except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         # What a tag or a bare word promises and is not: a day of no month, a number of thousands of digits.
         raise BakeError(
             f"not YAML that can be understood: {str(error)[:200]}", where=Place(file), remedy="correct the manifest"
