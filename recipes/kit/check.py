@@ -98,7 +98,7 @@ def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, found: Contents) -> Non
     folder = member.type == tarfile.DIRTYPE  # the payload's and the machine's own part may both bring one
     twice = name in found.lines or (name in found.folders and not folder)
     if not plain or twice or member.pax_headers or member.uid != member.gid:
-        raise Damaged(f"{name!r} is not as ours are written")
+        raise Damaged(f"{name[:200]!r} is not as ours are written")
     found.mtime = int(member.mtime)
     if folder:
         found.folders[name] = found.folders.get(name, True) and mode == 0o755 and member.uid == 0
@@ -107,7 +107,7 @@ def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, found: Contents) -> Non
     elif member.type == tarfile.REGTYPE:
         content = tar.extractfile(member)
         if content is None:
-            raise Damaged(f"{name!r} cannot be read")
+            raise Damaged(f"{name[:200]!r} cannot be read")
         digest, kept = hashlib.sha256(), bytearray()
         keep = str(PurePosixPath(name).parent) == _FOLDER and member.size <= _LARGEST_MANIFEST
         while chunk := content.read(_CHUNK):
@@ -118,7 +118,7 @@ def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, found: Contents) -> Non
         if keep:
             found.manifests[PurePosixPath(name).name] = bytes(kept)
     else:
-        raise Damaged(f"{name!r} is neither a file nor a folder nor a link")
+        raise Damaged(f"{name[:200]!r} is neither a file nor a folder nor a link")
 
 
 def _signature(contents: Contents, part: Part, key: bytes) -> None:
