@@ -141,7 +141,7 @@ def inputs(project: Project) -> tuple[list[Path], list[Path]]:
                 known[fetched["sha256"]] = project.root / fetched["path"]
     every = [
         known[entry["sha256"]]
-        for record in sorted((folder / "payloads").glob("*.json"))
+        for record in sorted((folder / "payloads").glob("*-*64.json"))
         for entry in json.loads(record.read_text())["files"]
         if entry.get("sha256") in known
     ]

@@ -53,7 +53,7 @@ def bake(project: Project, unit: str, generation: int, pods: int) -> Baked:
     overlay.unlink()
     kept = project.root / f"nodes-{generation}"
     shutil.copytree(build / "nodes", kept)
-    records = [json.loads(path.read_text()) for path in (build / "payloads").glob("*.json")]
+    records = [json.loads(path.read_text()) for path in (build / "payloads").glob("*-*64.json")]
     return Baked(kept, {each["role"]: each["digest"] for each in records}, unit, generation, pods)
 
 
