@@ -230,4 +230,4 @@ def _has(kind: Kind, role: Holder) -> str:
 
 def _files(kind: Kind) -> str:
     files = dict.fromkeys(f"`{place.path}` ({place.owner})" for place in kind.places)
-    return "<br>".join(files) or "never: it stays at the desk"
+    return "<br>".join(files) or "in no artifact"

@@ -7,7 +7,6 @@ bytes, and the document says so. The same contents give the same bytes.
 from __future__ import annotations
 
 import json
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -18,7 +17,8 @@ from urllib.parse import quote
 from uuid import UUID, uuid5
 
 from recipes.components import Component, load_components
-from recipes.kit import buildinfo, manifest
+from recipes.kit import bounds, buildinfo, manifest
+from recipes.kit.bounds import Damaged
 from recipes.kit.buildinfo import BuildInfo, Module
 from recipes.kit.model import Arch, Fetched, File, Image, Origin
 
@@ -247,8 +247,8 @@ def _fetched_from(url: str, sha256: str) -> Entry:
 def _manifest_of(archive: Path) -> str | None:
     """The digest by which registries know an image, where its archive says it."""
     try:
-        with tarfile.open(archive, "r:") as tar:
+        with bounds.opened(archive) as tar:
             index = tar.extractfile("index.json")
             return str(json.loads(index.read())["manifests"][0]["digest"]) if index is not None else None
-    except (tarfile.TarError, ValueError, LookupError, TypeError):  # compressed, or as docker save writes it
+    except Damaged:  # as docker save writes it
         return None

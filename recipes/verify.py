@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from recipes.bake import Bake
-from recipes.kit import archive, bounds, check, gpt, inventory, iso, store
+from recipes.kit import archive, bounds, gpt, inventory, iso, store
 from recipes.kit.bounds import Damaged
-from recipes.kit.check import Contents
 from recipes.kit.errors import BakeError
 from recipes.kit.gpt import SECTOR
+from recipes.kit.tarball import Contents, check, read, signed_about
 
 _AGAIN = "do not use it: copy it again, or bake it again"
 
@@ -53,7 +53,7 @@ class Verifier:
         )
 
     def _tarball(self, path: Path, where: Path) -> Contents:
-        contents = check.read(path, where)
+        contents = read(path, where)
         if (key := contents.manifests.get("signing.pub", self._key)) != self._key:
             raise BakeError(
                 f"it is another cluster's: its key is {store.fingerprint_of(key)}, this cluster's is "
@@ -62,9 +62,9 @@ class Verifier:
                 remedy="name its own cluster file (cluster=FILE)",
             )
         if "payload" in contents.parts:
-            check.check([contents], self._key)
+            check([contents], self._key)
         elif "node" in contents.parts:
-            check.check([contents, self._payload_of(contents)], self._key)
+            check([contents, self._payload_of(contents)], self._key)
         else:
             raise BakeError("it has no manifest", where=where, remedy="name a tarball of Nodebake's")
         if "node" not in contents.parts:
@@ -73,7 +73,7 @@ class Verifier:
 
     def _payload_of(self, contents: Contents) -> Contents:
         """The payload that a thin artifact belongs to: one that was checked before, or the one that lies here."""
-        about = check.signed_about(contents, "node", self._key)
+        about = signed_about(contents, "node", self._key)
         if (known := self._payloads.get(about["payload"])) is not None:
             return known
         here = self._bake.payload(about["role"], about["arch"])

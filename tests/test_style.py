@@ -37,7 +37,7 @@ ORDER = [
         "kit.pki",
         "kit.kubeconfig",
         "kit.store",
-        "kit.check",
+        "kit.tarball",
     ],
     ["components", "records", "binaries", "packages", "images", "certificates", "objects", "tokens", "bom"],
     ["payload", "node"],

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
+from recipes import payload
 from tests.bench import boot, measure
 from tests.bench.measure import Floor, Goal, Run
 from tests.bench.table import Result, written
@@ -141,8 +142,8 @@ def inputs(project: Project) -> tuple[list[Path], list[Path]]:
                 known[fetched["sha256"]] = project.root / fetched["path"]
     every = [
         known[entry["sha256"]]
-        for record in sorted((folder / "payloads").glob("*-*64.json"))
-        for entry in json.loads(record.read_text())["files"]
+        for tarball in sorted((folder / "payloads").glob("*.tar.gz"))
+        for entry in payload.read_record(tarball, "files")[0]
         if entry.get("sha256") in known
     ]
     return every, sorted(set(every))

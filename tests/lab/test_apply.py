@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from recipes import payload
 from recipes.kit import inventory
 from tests.conftest import Project, copy_project
 from tests.lab import checks, workload
@@ -53,8 +54,8 @@ def bake(project: Project, unit: str, generation: int, pods: int) -> Baked:
     overlay.unlink()
     kept = project.root / f"nodes-{generation}"
     shutil.copytree(build / "nodes", kept)
-    records = [json.loads(path.read_text()) for path in (build / "payloads").glob("*-*64.json")]
-    return Baked(kept, {each["role"]: each["digest"] for each in records}, unit, generation, pods)
+    told = (payload.read_record(tarball, "role", "digest") for tarball in (build / "payloads").glob("*.tar.gz"))
+    return Baked(kept, dict(told), unit, generation, pods)
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ class Thief:
         host.run(["tar", "-xzf", folder / "node.tar.gz", "-C", folder, "--wildcards", "etc/*"])
         config: dict[str, Any] = yaml.safe_load((folder / "etc/kubernetes/bootstrap-kubelet.conf").read_text())
         config["clusters"][0]["cluster"]["server"] = f"https://{lab.cluster.control_planes[0].address}:6443"
-        self._config, self._is = config, config["users"][0]["user"]
+        self._config, self.credential = config, config["users"][0]["user"]
         self._tries = 0
 
     @property
@@ -47,7 +47,7 @@ class Thief:
 
     def kubectl(self, *words: str, stdin: object = None) -> str:
         """What it answers, an error or not."""
-        self._config["users"][0]["user"] = self._is
+        self._config["users"][0]["user"] = self.credential
         file = self.folder / "kubeconfig"
         file.write_text(yaml.safe_dump(self._config))
         command: list[Argument] = ["env", f"HOME={self.folder}", self.lab.folder / "kubectl", f"--kubeconfig={file}"]
@@ -96,7 +96,7 @@ class Thief:
             lambda: get(self.lab, "csr", request)["status"].get("certificate"), 60, f"{request} is signed"
         )
         key = (self.folder / f"key-{request.rpartition('-')[2]}").read_bytes()
-        self._is = {"client-certificate-data": signed, "client-key-data": base64.b64encode(key).decode()}
+        self.credential = {"client-certificate-data": signed, "client-key-data": base64.b64encode(key).decode()}
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def kubelet_says(thief: Thief, address: str) -> str:
     """HTTP status of another machine's kubelet, asked with the certificate."""
     crt, key = thief.folder / "now.crt", thief.folder / "now.key"
     for path, name in ((crt, "client-certificate-data"), (key, "client-key-data")):
-        path.write_bytes(base64.b64decode(thief._is[name]))
+        path.write_bytes(base64.b64decode(thief.credential[name]))
     program = (
         "import http.client, ssl, sys; c = ssl._create_unverified_context(); c.load_cert_chain(*sys.argv[2:]);"
         "h = http.client.HTTPSConnection(sys.argv[1], 10250, context=c, timeout=5); h.request('GET', '/pods');"

@@ -74,10 +74,11 @@ class VirtualMachine(Machine):
         self.other_cards: list[str] = []
         self._drives: list[Path | None] = [None] * DRIVES
         self._emulator = rootfs.obtain(rootfs.EMULATOR[node.arch])
-        self._loading: list[Argument] = []  # how its system is started
+        self._firmware: list[Argument] = []  # of one that boots by itself; others QEMU boots from a disk that all share
+        self._base = disks.obtain(rootfs.obtain(rootfs.VIRTUAL))
         self._disk = folder / "disk.qcow2"
-        if node.arch == "amd64":  # others have no disk before write_disk()
-            self._share_disk()
+        backing: list[Argument] = ["-f", "qcow2", "-F", "raw", "-b", self._base.image]
+        host.run([*self._emulated("qemu-img"), "create", "-q", *backing, self._disk])
 
     def _emulated(self, program: str) -> list[Argument]:
         """A program of the emulator's root, with the libraries of that root."""
@@ -85,12 +86,6 @@ class VirtualMachine(Machine):
         libraries = root / "usr/lib/x86_64-linux-gnu"
         loader: list[Argument] = [root / "lib64/ld-linux-x86-64.so.2", "--library-path", libraries]
         return ["env", f"QEMU_MODULE_DIR={libraries / 'qemu'}", *loader, root / "usr/bin" / program]
-
-    def _share_disk(self) -> None:
-        base = disks.obtain(rootfs.obtain(rootfs.VIRTUAL))
-        backing: list[Argument] = ["-f", "qcow2", "-F", "raw", "-b", base.image]
-        host.run([*self._emulated("qemu-img"), "create", "-q", *backing, self._disk])
-        self._loading = ["-kernel", base.kernel, "-initrd", base.initrd]
 
     def write_disk(self, image: Path, size: int = 12 << 30, *, secure_boot: bool = False) -> None:
         """Writes a disk image (.raw.gz) on its disk of size bytes, as its operator would; UEFI boots it from now on."""
@@ -102,7 +97,7 @@ class VirtualMachine(Machine):
         own = self._folder / "firmware.fd"
         shutil.copyfile(files / variables, own)
         lock = f"driver=cfi.pflash01,property=secure,value={'on' if secure_boot else 'off'}"
-        self._loading = [
+        self._firmware = [
             *(("-global", lock) if self.node.arch == "amd64" else ()),
             *("-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={files / code}"),
             *("-drive", f"if=pflash,unit=1,format=raw,file={own}"),
@@ -132,6 +127,7 @@ class VirtualMachine(Machine):
         serial = ["-smbios", f"type=1,serial={self.node.serial}"] if self.node.serial is not None else []
         # "mitigations=off": an emulated processor has none of the defects, and would emulate the remedies.
         line = f"root=PARTLABEL=root console=ttyS0 quiet mitigations=off {self.kernel_options}"
+        kernel: list[Argument] = ["-kernel", self._base.kernel, "-initrd", self._base.initrd, "-append", line]
         program, *kind = _EMULATED[self.node.arch]
         return [
             *self._emulated(program),
@@ -140,8 +136,7 @@ class VirtualMachine(Machine):
             *("-accel", "tcg,thread=multi,tb-size=512"),
             *("-display", "none", "-serial", "stdio", "-qmp", f"unix:{self._monitor},server=on,wait=off"),
             *("-rtc", f"base={self.clock}", "-device", "virtio-rng-pci", *serial),
-            *self._loading,
-            *(("-append", line) if "-kernel" in self._loading else ()),
+            *(self._firmware or kernel),
             *drives,
             *cards,
         ]

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from recipes.kit import manifest, pki
+from recipes.kit.archive import CHUNK
 from recipes.kit.bounds import Damaged, members, opened
 from recipes.kit.errors import BakeError
 
@@ -22,7 +23,6 @@ Part = Literal["node", "payload"]
 _FOLDER = manifest.FOLDER.lstrip("/")
 _ENDINGS = ("json", "tree", "SHA256SUMS", "SHA256SUMS.sig")
 _LARGEST_MANIFEST = 64 << 20  # bytes; of one with 5,000 files it has 1 MiB
-_CHUNK = 1 << 20
 _AGAIN = "do not use it: copy it again, or bake it again"
 
 
@@ -110,7 +110,7 @@ def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, found: Contents) -> Non
             raise Damaged(f"{name[:200]!r} cannot be read")
         digest, kept = hashlib.sha256(), bytearray()
         keep = str(PurePosixPath(name).parent) == _FOLDER and member.size <= _LARGEST_MANIFEST
-        while chunk := content.read(_CHUNK):
+        while chunk := content.read(CHUNK):
             digest.update(chunk)
             kept += chunk if keep else b""
         found.sha256[name] = digest.hexdigest()
