@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +123,7 @@ def _walk(tree: Path) -> list[Path]:
     return sorted([*found, *(path for path in linked if path.is_symlink())])
 
 
+@cache  # and with it the compiled templates: each machine's identity is rendered from the same
 def _environment(tree: Path) -> Environment:
     from jinja2 import ChoiceLoader, Environment, FileSystemLoader, StrictUndefined
 
