@@ -77,11 +77,12 @@ def public_pem(key_pem: bytes) -> bytes:
 
 
 def private_number(key_pem: bytes) -> bytes:
-    """The number that makes it secret, as every encoding of the key holds it; of RSA, one of the primes."""
+    """The number that makes it secret, of RSA one of the primes. Without the zeros before it: so every encoding of the
+    key holds it, whether of a fixed length or of the least."""
     key = load_key(key_pem)
     if isinstance(key, rsa.RSAPrivateKey):
         return key.private_numbers().p.to_bytes(key.key_size // 16, "big")
-    return key.private_numbers().private_value.to_bytes((key.key_size + 7) // 8, "big")
+    return key.private_numbers().private_value.to_bytes((key.key_size + 7) // 8, "big").lstrip(b"\0")
 
 
 def authority(subject: Subject, key_pem: bytes, *, start: datetime, end: datetime, serial_seed: bytes) -> bytes:

@@ -20,7 +20,7 @@ T = TypeVar("T")
 _DEPTH = 4  # encodings within each other
 _LARGEST = 64 << 20  # bytes that gzip members may unpack to; the rest is not looked at
 _SHORTEST = 16  # characters of a run that is looked at
-_NUMBER = 32  # bytes, and no number has less
+_NUMBER = 32  # bytes, and no number has less, but for zeros before it
 
 _ESCAPE = b"\\"
 _DIGITS = f"{string.ascii_letters}{string.digits}+/".encode()  # base64's
@@ -82,7 +82,7 @@ class Known(Generic[T]):
 
     def _keys(self, blob: bytes) -> set[T]:
         if len(blob) <= _NUMBER:  # mostly a digest
-            return {self.numbers[blob]} if blob in self.numbers else set()
+            return {self.numbers[form] for form in (blob, blob.lstrip(b"\0")) if form in self.numbers}
         found = {what for value, what in self.numbers.items() if value in blob}
         return found | ({self.blobs[blob]} if blob in self.blobs else set())
 

@@ -30,6 +30,9 @@ Key = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey
 KEYS: dict[str, Callable[[], Key]] = {
     "P-256": lambda: ec.generate_private_key(ec.SECP256R1()),
     "P-384": lambda: ec.generate_private_key(ec.SECP384R1()),
+    # One in 256 keys: its number begins with a zero, which OpenSSH leaves out.
+    "P-256, zero first": lambda: ec.derive_private_key(int.from_bytes(bytes(range(1, 32))), ec.SECP256R1()),
+    "P-384, zero first": lambda: ec.derive_private_key(int.from_bytes(bytes(range(1, 48))), ec.SECP384R1()),
     "RSA": lambda: rsa.generate_private_key(public_exponent=65537, key_size=2048),
 }
 FORMS = {
