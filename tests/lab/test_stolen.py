@@ -21,11 +21,13 @@ from tests.lab import checks, host
 from tests.lab.checks import get, items, wait_ready
 from tests.lab.host import Argument
 from tests.lab.lab import Lab
+from tests.lab.machine import Machine
 from tests.lab.scenario import BOOT, CLUSTERS, power_on, say
 from tests.lab.test_apply import bring
 
 CLIENT, SERVING = "kubernetes.io/kube-apiserver-client-kubelet", "kubernetes.io/kubelet-serving"
-FORBIDDEN = "Forbidden"
+FORBIDDEN = "[Ff]orbidden"
+REFUSED = "InternalError|Internal Server Error|error on the server"
 
 
 class Thief:
@@ -59,15 +61,17 @@ class Thief:
         told = self.kubectl(*words, stdin=stdin)
         assert re.search(why, told), f"{' '.join(words)}: {told}"
 
-    def asks(self, node: str, signer: str = CLIENT, organization: str = "system:nodes", sans: str = "") -> str:
-        """Asks for a certificate, with another key each time; the request's name."""
+    def request(
+        self, node: str, signer: str = CLIENT, organization: str = "system:nodes", sans: str = ""
+    ) -> dict[str, Any]:
+        """For a certificate, with another key each time."""
         self._tries += 1
         key, csr = self.folder / f"key-{self._tries}", self.folder / f"csr-{self._tries}"
         names: list[Argument] = ["-addext", f"subjectAltName={sans}"] if sans else []
         subject = f"/O={organization}/CN=system:node:{node}"
         curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
         host.run(["openssl", "req", "-new", *curve, "-keyout", key, "-subj", subject, *names, "-out", csr])
-        request = {
+        return {
             "apiVersion": "certificates.k8s.io/v1",
             "kind": "CertificateSigningRequest",
             "metadata": {"name": f"{self.name}-{self._tries}"},
@@ -77,7 +81,10 @@ class Thief:
                 "usages": ["digital signature", "server auth" if signer == SERVING else "client auth"],
             },
         }
-        told = self.kubectl("create", "-f", "-", stdin=request)
+
+    def asks(self, *words: str, **more: str) -> str:
+        """Makes such a request; its name."""
+        told = self.kubectl("create", "-f", "-", stdin=self.request(*words, **more))
         assert "created" in told, told
         return f"{self.name}-{self._tries}"
 
@@ -135,12 +142,21 @@ def test_a_stolen_iso_is_one_worker_until_it_is_denied(project: Project, lab: La
     control = lab.machine("control")
     folder = bring(control, lab.build / "nodes" / "control.tar.gz")
     started = time.monotonic()
-    control.run("nodebake", "apply", folder, timeout=BOOT)
-    say(f"`nodebake apply` took {time.monotonic() - started:.0f} s on a control plane")
-    for asked in (("get", "nodes"), ("get", "node", "worker-1"), ("get", "services", "-A"), ("version",)):
-        thief.is_refused(*asked, why="InternalError|Internal Server Error|error on the server")
+    applying = control.start("nodebake", "apply", folder)
+    asked = ("get", "--raw=/api/v1/nodes", "--request-timeout=3s")
+    lab.wait(lambda: re.search(REFUSED, thief.kubectl(*asked)), BOOT, "the API server knows of it")
+    say(f"refused {time.monotonic() - started:.0f} s after `nodebake apply` began on the control plane")
+    assert applying.wait(BOOT) == 0
+    say(f"which took {time.monotonic() - started:.0f} s; it waited for: {waited_for(control)}")
+    for path in ("/api/v1/nodes/worker-1", "/api/v1/services", "/api/v1/secrets", "/version"):
+        thief.is_refused("get", f"--raw={path}", why=REFUSED)
     lab.kubectl("delete", "node", "worker-1")
     assert checks.ready_nodes(lab) == {"control", "worker-2"}
+
+
+def waited_for(machine: Machine) -> str:
+    """By first boot, in the end."""
+    return ", ".join(dict.fromkeys(re.findall(r"first-boot: waiting: (.*)", machine.journal)[-12:]))
 
 
 def a_token_lets_one_ask_for_its_certificate_and_nothing_else(lab: Lab, thief: Thief) -> None:
@@ -162,7 +178,7 @@ def a_token_lets_one_ask_for_its_certificate_and_nothing_else(lab: Lab, thief: T
     ):
         outcome, told = thief.outcome(request)
         assert outcome == "Denied" and why in told, told
-        thief.is_refused("certificate", "approve", request)
+        thief.is_refused("patch", "csr", request, "--subresource=approval", "--type=merge", "--patch={}")
 
 
 def its_certificate_is_that_of_one_worker(lab: Lab, thief: Thief) -> None:
@@ -205,17 +221,14 @@ def its_certificate_is_that_of_one_worker(lab: Lab, thief: Thief) -> None:
         ("label", "node", "worker-1", "node-restriction.kubernetes.io/storage=nvme"),
         ("create", "namespace", "mine"),
     ):
-        thief.is_refused(*words, why="[Ff]orbidden")
-    thief.is_refused("create", "-f", "-", stdin={**pod, "spec": {"containers": [container]}}, why="[Ff]orbidden")
+        thief.is_refused(*words)
+    thief.is_refused("create", "-f", "-", stdin={**pod, "spec": {"containers": [container]}})
     elsewhere = {"nodeName": "worker-2", "containers": [container]}
-    thief.is_refused("create", "-f", "-", stdin={**pod, "spec": elsewhere}, why="[Ff]orbidden")
+    thief.is_refused("create", "-f", "-", stdin={**pod, "spec": elsewhere})
+    thief.is_refused("create", "-f", "-", stdin=thief.request("worker-2"))
     control = lab.cluster.control_planes[0].address
-    for request, why in (
-        (thief.asks("worker-2"), "for the name system:node:worker-2"),
-        (thief.asks("worker-1", SERVING, sans=f"IP:{control}"), f"{control} is no address of worker-1"),
-    ):
-        outcome, told = thief.outcome(request)
-        assert outcome == "Denied" and why in told, told
+    outcome, told = thief.outcome(thief.asks("worker-1", SERVING, sans=f"IP:{control}"))
+    assert outcome == "Denied" and f"{control} is no address of worker-1" in told, told
     for machine in lab.machines.values():
         answer = kubelet_says(thief, str(machine.node.address))
         assert answer == "403", f"the kubelet of {machine.name} lets it look: {answer}"
