@@ -16,6 +16,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 LIFETIME = timedelta(minutes=10)
 _BACKDATED = timedelta(seconds=30)
+_SIGNS = x509.KeyUsage(True, *[False] * 8)  # digital signatures, and nothing else
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,9 @@ def mint(authority: Authority, common_name: str, organization: str | None, start
         .not_valid_before(start)
         .not_valid_after(end)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_SIGNS, critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer_identifier), False)
         .sign(issuer_key, hashes.SHA256())
     )
