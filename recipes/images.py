@@ -450,19 +450,19 @@ def credentials(registry: Registry) -> tuple[str, str] | None:
     if registry.username is None or registry.password_file is None:
         return None
     try:
-        lines = registry.password_file.read_text(encoding="utf-8").splitlines()
+        password = registry.password_file.read_text(encoding="utf-8").partition("\n")[0]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise BakeError(
             f"the password for {registry.host} cannot be read: {reason}", where=registry.password_file
         ) from None
-    if not lines or not lines[0]:
+    if not password:
         raise BakeError(
             f"the password for {registry.host} is empty",
             where=registry.password_file,
             remedy="Write it in the first line.",
         )
-    return registry.username, lines[0]
+    return registry.username, password
 
 
 def _pem(path: Path) -> bytes:

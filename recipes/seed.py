@@ -26,7 +26,7 @@ import yaml
 
 from recipes.kit import archive, overlay
 from recipes.kit.atomic import replacing
-from recipes.kit.model import Cluster, Link, Network, Node
+from recipes.kit.model import BOND, Cluster, Link, Network, Node, vlan_device
 
 LABEL = "cidata"  # cloud-init finds the volume by it
 PAYLOAD_LABEL = "nodebake"  # first boot finds a payload volume by it
@@ -119,12 +119,12 @@ def network_config(cluster: Cluster, node: Node) -> bytes:
         parameters = {"mode": network.bond, "mii-monitor-interval": "100"}
         if network.bond == "802.3ad":
             parameters |= {"lacp-rate": "fast", "transmit-hash-policy": "layer3+4"}
-        top_name = "bond0"
+        top_name = BOND
         top = {"interfaces": [*ethernets], "parameters": parameters, **_quiet(network.mtu)}
         config["bonds"] = {top_name: top}
     if network.vlan is not None:
         top = {"id": network.vlan, "link": top_name, **_quiet(network.mtu)}
-        config["vlans"] = {f"vlan{network.vlan}": top}
+        config["vlans"] = {vlan_device(network.vlan): top}
     top["addresses"] = [str(address) for address in network.addresses]
     top["optional"] = False
     if routes := _routes(cluster, node):

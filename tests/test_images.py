@@ -391,6 +391,12 @@ def test_registries_become_hosts_toml(tmp_path: Path) -> None:
     assert images.registry_credentials(samples.ha()) == []
 
 
+def test_a_password_is_the_whole_first_line(tmp_path: Path) -> None:
+    (tmp_path / "password").write_bytes(" a\x0bb\u2028c: \r\nno more\n".encode())
+    registry = Registry("r.test.invalid", username="u", password_file=tmp_path / "password")
+    assert images.credentials(registry) == ("u", " a\x0bb\u2028c: ")
+
+
 def test_what_a_registry_names_must_be_readable(tmp_path: Path) -> None:
     registry = Registry("r.test.invalid", ca=tmp_path / "none", username="u", password_file=tmp_path / "none")
     for make in (images.registry_files, images.registry_credentials):

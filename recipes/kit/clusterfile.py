@@ -69,6 +69,15 @@ _DURATION_PATTERN: Final = "^[1-9][0-9]*[dw]$"
 _DATE_OR_DURATION: Final = "^([0-9]{4}-[0-9]{2}-[0-9]{2}|[1-9][0-9]*[dw])$"
 
 Name = Annotated[str, *_text(formats.name, maxLength=63, pattern="^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
+ClusterName = Annotated[
+    str,
+    *_text(
+        formats.cluster_name,
+        maxLength=63,
+        pattern="^[a-z0-9]([-a-z0-9]*[a-z0-9])?$",
+        **{"not": {"enum": list(formats.BUILD_FOLDERS)}},
+    ),
+]
 DnsName = Annotated[str, *_text(formats.dns_name, maxLength=253)]
 Host = Annotated[str, *_text(formats.host)]
 SubjectName = Annotated[str, *_text(formats.subject_name)]
@@ -91,6 +100,7 @@ UserName = Annotated[str, *_text(formats.user_name, maxLength=32)]
 SshKey = Annotated[str, *_text(formats.ssh_key)]
 Url = Annotated[str, *_text(formats.url, format="uri")]
 RegistryHost = Annotated[str, *_text(formats.registry_host, examples=["registry.example.internal:5000"])]
+RegistryUser = Annotated[str, *_text(formats.registry_user)]
 Sha256 = Annotated[str, *_text(formats.sha256, pattern="^[0-9a-f]{64}$")]
 Text = Annotated[str, *_text(_not_empty)]
 InstallBy = Annotated[
@@ -211,7 +221,7 @@ class RegistryShape(Shape):
     host: RegistryHost = Field(description="Registry as image references name it")
     mirrors: list[Url] = Field(default=[], description="URLs tried in order before the registry itself")
     ca: Text | None = Field(default=None, description="PEM file of the CA that signed its certificate")
-    username: Text | None = Field(default=None, description="User to pull as")
+    username: RegistryUser | None = Field(default=None, description="User to pull as")
     password_file: Text | None = Field(default=None, description="File with the password in its first line")
 
 
@@ -232,7 +242,7 @@ class ValidityShape(Shape):
 class ClusterFile(Shape):
     """A cluster, as the operator writes it."""
 
-    name: Name = Field(description="Name of the cluster (RFC 1123 label)")
+    name: ClusterName = Field(description="Name of the cluster (RFC 1123 label)")
     install_by: InstallBy = Field(
         default=timedelta(days=90), description="Until when machines may join: a date, or days or weeks from minting"
     )

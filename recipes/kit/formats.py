@@ -41,11 +41,18 @@ _SYSTEM_USERS: Final = frozenset(
         *("systemd-network", "systemd-resolve", "systemd-timesync", *USERS),
     )
 )
-# Where a volume would hide or fill what the machine itself needs.
+# Where a volume would hide, fill or give to pods what the machine itself needs: in these, and in what these lie in.
 _SYSTEM_PATHS: Final = (
-    *("/bin", "/boot", "/dev", "/etc", "/lib", "/opt/nodebake", "/proc", "/root", "/run", "/sbin", "/sys", "/usr"),
-    *("/var/lib/containerd", "/var/lib/etcd", "/var/lib/kubelet", "/var/lib/nodebake"),
+    *("/bin", "/boot", "/dev", "/etc", "/home", "/lib", "/lib32", "/lib64", "/libx32", "/opt/nodebake", "/proc"),
+    *("/root", "/run", "/sbin", "/sys", "/tmp", "/usr"),  # noqa: S108 - nothing is written there
+    *(f"/var/{name}" for name in ("backups", "cache", "local", "lock", "log", "mail", "opt", "run", "spool", "tmp")),
+    *(f"/var/lib/{name}" for name in ("apt", "cloud", "cni", "containerd", "dbus", "dpkg", "etcd", "kubelet")),
+    *(f"/var/lib/{name}" for name in ("kube-controller-manager", "nodebake", "polkit-1", "private", "sudo", "systemd")),
 )
+# What the kernel and the pod network call theirs.
+_SYSTEM_INTERFACES: Final = ("all", "default", "lo", "cni0", "flannel.1")
+# Of build/, where each cluster has a folder of its name.
+BUILD_FOLDERS: Final = ("apt", "bench", "downloads", "lab", "tests", "unpacked")
 _UNUSABLE: Final = tuple(
     (IPv4Network(block), meaning)
     for block, meaning in (
@@ -77,6 +84,13 @@ def name(text: str) -> str:
         raise Malformed(f"{text} is all digits, which programs take for an address", "Put a letter in front.")
     if text in ("localhost", "ip6-localhost", "ip6-loopback"):
         raise Malformed(f"{text} is a reserved name", "Choose another one.")
+    return text
+
+
+def cluster_name(text: str) -> str:
+    """A name, and a folder below build/ that nothing else uses."""
+    if name(text) in BUILD_FOLDERS:
+        raise Malformed(f"build/{text} is not for a cluster, it has another use", "Choose another name.")
     return text
 
 
@@ -171,14 +185,14 @@ def mac(text: str) -> str:
 
 def interface_name(text: str) -> str:
     """A network interface's name, or a pattern with * and ? for machines with one NIC."""
-    if text in ("lo", ".", "..") or not _INTERFACE_PATTERN.fullmatch(text):
+    if text in _SYSTEM_INTERFACES or not _INTERFACE_PATTERN.fullmatch(text):
         raise Malformed(f"{_shown(text)} is not an interface name", "Write it as eno1 (at most 15 characters).")
     return text
 
 
 def link_name(text: str) -> str:
     """A network interface's name, and no pattern."""
-    if text == "lo" or not _INTERFACE.fullmatch(text):
+    if text in _SYSTEM_INTERFACES or not _INTERFACE.fullmatch(text):
         raise Malformed(f"{_shown(text)} is not one interface's name", "Write it as eno1 (at most 15 characters).")
     return text
 
@@ -272,6 +286,8 @@ def mount_path(text: str) -> str:
     for own in _SYSTEM_PATHS:
         if text == own or text.startswith(f"{own}/"):
             raise Malformed(f"{text} lies in {own}, which belongs to the machine", "Use a path as /srv/data.")
+        if own.startswith(f"{text}/"):
+            raise Malformed(f"In {text} lies {own}, which belongs to the machine", "Use a path as /srv/data.")
     return text
 
 
@@ -329,6 +345,14 @@ def registry_host(text: str) -> str:
         raise Malformed(f"{_shown(text)} is not a registry's host", "Write host or host:port alone.")
     where, colon, port = text.partition(":")
     return f"{host(where)}:{_port(port, text)}" if colon else host(where)
+
+
+def registry_user(text: str) -> str:
+    """A user name of HTTP's Basic authentication (RFC 7617), which ends at the first colon."""
+    if ":" in text or not text.isprintable() or not text.strip():
+        remedy = "Give the name alone; the password stands in passwordFile."
+        raise Malformed(f"{_shown(text)} is no user name of a registry", remedy)
+    return text
 
 
 def image_reference(text: str) -> str:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from fnmatch import fnmatchcase
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -17,6 +18,7 @@ from recipes.kit import clusterfile, formats
 from recipes.kit.clusterfile import MAX_WORKERS, ClusterFile, Document, Machine, NodeShape, Pool, RegistryShape, Wiring
 from recipes.kit.errors import BakeError, BakeErrors
 from recipes.kit.model import (
+    BOND,
     Arch,
     BaseImage,
     Cluster,
@@ -28,6 +30,7 @@ from recipes.kit.model import (
     User,
     Validity,
     scale_of,
+    vlan_device,
 )
 
 CONTROL_PLANE_TAINT: Final = "node-role.kubernetes.io/control-plane=:NoSchedule"
@@ -361,6 +364,11 @@ class _Rules:
         for what, values in (("name", [v.name for v in entry.volumes]), ("path", [v.path for v in entry.volumes])):
             for twice in _twice(values):
                 self.refuse(f"Two volumes have the {what} {twice}", "Change one of them.", *loc, "volumes")
+        for volume in entry.volumes:
+            for other in entry.volumes:
+                if volume.path.startswith(f"{other.path}/"):
+                    what = f"The volume {volume.name} lies in the volume {other.name}"
+                    self.refuse(what, "Give each a place of its own.", *loc, "volumes")
 
     # Wiring
 
@@ -377,6 +385,7 @@ class _Rules:
             self.refuse(f"{subnet} has no room for machines", "Give a network of /30 or wider.", *where)
             return None
         links, bond = self._links(shared, entry, loc, macs)
+        self._above(shared, entry, loc, links, bond)
         # the shared gateway belongs to the shared subnet
         gateway = entry.gateway or (shared.gateway if entry.subnet in (None, shared.subnet) else None)
         return _Wired(subnet, links, bond, gateway)
@@ -419,6 +428,18 @@ class _Rules:
         if pattern and bond:
             self.refuse(f"A pattern ({name}) cannot be bonded", "Name the links.", *loc)
         return (Link(name or "nic0"),), bond
+
+    def _above(self, shared: Wiring, entry: Machine, loc: Loc, links: Sequence[Link], bond: str | None) -> None:
+        """A card is not called as the bond or the VLAN that lies upon it."""
+        vlan = entry.vlan or shared.vlan
+        above = {BOND: "bond"} if bond else {}
+        above |= {vlan_device(vlan): "VLAN"} if vlan else {}
+        for name, kind in above.items():
+            if any(fnmatchcase(name, link.name) for link in links):
+                key = "links" if entry.links or not (entry.interface or shared.interface) else "interface"
+                where: Loc = (*loc, key) if self.document.written(*loc, key) else ("machineNetwork", key)
+                what = f"A card of {entry.name} would be {name}, which is what its {kind} is called"
+                self.refuse(what, "Call the card something else, as eno1.", *where)
 
     def _network(
         self,

@@ -40,6 +40,14 @@ def scale_of(workers: int) -> int:
     return next((scale for scale in SCALES if workers <= scale), SCALES[-1])
 
 
+BOND = "bond0"  # what a machine's bond is called
+
+
+def vlan_device(vlan: int) -> str:
+    """What a machine's VLAN of this number is called."""
+    return f"vlan{vlan}"
+
+
 @dataclass(frozen=True, slots=True)
 class Origin:
     """Where a file came from, for the manifest and the report."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Network
 from pathlib import Path
 
 import pytest
 
-from recipes.kit import clusterfile, places
+from recipes.kit import clusterfile, formats, places
 from recipes.kit.errors import BakeError, Place
 from tests.samples import SSH_KEY
 
@@ -102,6 +103,10 @@ MISTAKES = {
     "credentials": ('name: a\ndebianMirror: "http://u:p@x.y/"\n', 2, 15, "credentials", "Take them out"),
     "no URL": ("name: a\ndebianMirror: x.y\n", 2, 15, "not a URL", "https://"),
     "root": ("name: a\nusers: [{name: root, sshAuthorizedKeys: []}]\n", 2, 16, "account of the system", "another"),
+    "build's own folder": ("name: downloads\n", 1, 7, "build/downloads is not for a cluster", "another"),
+    "password in the user's name": (
+        'name: a\nregistries: [{host: r.x, username: "u:p", passwordFile: p}]\n', 2, 36, "no user name", "passwordFile"
+    ),
     "no keys": ("name: a\nusers: [{name: x, sshAuthorizedKeys: []}]\n", 2, 38, "list is empty", "at least one"),
     "bad key": ("name: a\nusers: [{name: x, sshAuthorizedKeys: [a b]}]\n", 2, 39, "SSH public key", ".pub"),
     "old key": ("name: a\nusers: [{name: x, sshAuthorizedKeys: [ssh-dss AAAA]}]\n", 2, 39, "SSH public key", ".pub"),
@@ -126,6 +131,17 @@ NODE_MISTAKES = {
     "path up": ("volumes: [{name: a, path: /srv/../x, size: 1Gi}]", 77, "not a path for a volume", "'..'"),
     "relative path": ("volumes: [{name: a, path: srv, size: 1Gi}]", 77, "not a path for a volume", "absolute"),
     "system path": ("volumes: [{name: a, path: /etc/x, size: 1Gi}]", 77, "belongs to the machine", "/srv"),
+    "above a system path": (
+        "volumes: [{name: a, path: /var/lib, size: 1Gi}]",
+        77,
+        "In /var/lib lies /var/lib/apt",
+        "/srv",
+    ),
+    "far above a system path": ("volumes: [{name: a, path: /var, size: 1Gi}]", 77, "In /var lies /var/", "/srv"),
+    "a link to a system path": ("volumes: [{name: a, path: /lib64/x, size: 1Gi}]", 77, "lies in /lib64", "/srv"),
+    "administrators' keys": ("volumes: [{name: a, path: /home/admin, size: 1Gi}]", 77, "lies in /home", "/srv"),
+    "the pods' bridge": ("interface: cni0", 62, "not an interface name", "eno1"),
+    "all cards": ("links: [{name: all}]", 66, "not one interface's name", "eno1"),
     "serial": ("serial: 12345", 59, "is a number", '"12345"'),
 }
 
@@ -137,6 +153,26 @@ def test_a_mistake_is_told_with_its_place_and_remedy(name: str, tmp_path: Path) 
     assert any(
         (at, across) == (line, column) and what in said and remedy in mend for at, across, said, mend in mistakes
     ), mistakes
+
+
+@pytest.mark.parametrize("name", formats.BUILD_FOLDERS)
+def test_a_folder_that_build_uses_is_no_clusters(name: str, tmp_path: Path) -> None:
+    (error,) = read(tmp_path, f"name: {name}\n").errors
+    assert f"build/{name}" in error.what
+
+
+def test_every_folder_of_build_is_known() -> None:
+    """What the code puts beside the clusters' own: `build / "downloads"` and the like."""
+    root = Path(clusterfile.__file__).parents[2]
+    folder = re.compile(r"""(?:desk\.build|self\.build|ROOT / "build"|\bbuild) / "([a-z-]+)\"""")
+    found = {
+        name
+        for files in ("dodo.py", "recipes/**/*.py", "tests/conftest.py", "tests/lab/*.py", "tests/bench/*.py")
+        for path in root.glob(files)
+        for name in folder.findall(path.read_text())
+    }
+    of_a_cluster = {"binaries", "disks", "nodes", "payloads", "seeds"}  # a lab's `build` is one cluster's
+    assert found - of_a_cluster == set(formats.BUILD_FOLDERS)
 
 
 @pytest.mark.parametrize("name", NODE_MISTAKES)

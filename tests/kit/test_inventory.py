@@ -191,6 +191,22 @@ RULES: dict[str, tuple[str, int, int, str, str]] = {
         "the path /s",
         "Change",
     ),
+    "a volume in another": (
+        node("volumes: [{name: a, path: /s, size: 1Gi}, {name: b, path: /s/b, size: 1Gi}]") + "\nstorageClasses: [l]",
+        8,
+        60,
+        "The volume b lies in the volume a",
+        "its own",
+    ),
+    "a card called as its bond": (
+        node("links: [{name: bond0}, {name: b}], bond: 802.3ad"),
+        8,
+        58,
+        "A card of x would be bond0, which is what its bond is called",
+        "eno1",
+    ),
+    "a card called as its VLAN": (node("interface: vlan7, vlan: 7"), 8, 62, "what its VLAN is called", "eno1"),
+    "a pattern that its VLAN matches": (node("interface: v*, vlan: 7"), 8, 62, "would be vlan7", "eno1"),
     "volumes that meet": (
         "- {name: a-b, role: worker, address: 192.168.10.98, volumes: [{name: c, path: /s, size: 1Gi}]}\n"
         "- {name: a, role: worker, address: 192.168.10.99, volumes: [{name: b-c, path: /s, size: 1Gi}]}\n"
