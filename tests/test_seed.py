@@ -350,6 +350,11 @@ def test_whatever_changes_in_the_artifact_changes_the_instance(tmp_path: Path) -
     assert instance(cluster, worker, "ab" * 32) == made[0]
 
 
+class Slower(yaml.SafeDumper):
+    ignore_aliases = seed._Dumper.ignore_aliases
+
+
+Slower.add_representer(str, seed._text)
 LINE = st.text(st.characters(codec="utf-8", exclude_characters="\n"))
 LINES = st.lists(LINE.filter(str.strip), min_size=1).map(lambda lines: "\n".join([*lines, ""]))
 PLAIN = LINE | LINES | st.booleans() | st.integers()
@@ -359,8 +364,4 @@ PLAIN = LINE | LINES | st.booleans() | st.integers()
 @given(st.dictionaries(st.sampled_from(["a", "b"]), st.lists(PLAIN) | PLAIN))
 def test_the_bytes_do_not_depend_on_the_desks_libyaml(data: Any) -> None:
     """PyYAML has two emitters, and a desk may lack the faster one."""
-    slower = type("Slower", (yaml.SafeDumper,), {"ignore_aliases": seed._Dumper.ignore_aliases})
-    slower.add_representer(str, seed._text)
-    assert seed._dump(data).decode() == yaml.dump(
-        data, Dumper=slower, sort_keys=False, width=1 << 20
-    )
+    assert seed._dump(data).decode() == yaml.dump(data, Dumper=Slower, sort_keys=False, width=1 << 20)
