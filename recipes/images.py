@@ -27,6 +27,7 @@ from recipes.kit.download import Desk, NotServed, Unreachable
 from recipes.kit.errors import BakeError
 from recipes.kit.hashing import hash_file, sha256_of
 from recipes.kit.model import Arch, Cluster, Fetched, File, Image, Origin, Registry, Source
+from recipes.kit.overlay import quoted
 from recipes.kit.registry import INDEX_TYPES, Blob, Pulled, pull_image, split_reference
 
 OURS = "nodebake.local"  # the registry's name in references of images that are made at the desk; nothing serves it
@@ -422,12 +423,12 @@ def registry_files(cluster: Cluster) -> list[File]:
             files.append(File(ca, data=_pem(registry.ca)))
         server = "registry-1.docker.io" if registry.host == "docker.io" else registry.host
         # The registry itself is asked last; keys of the root belong to it, so they stand before the first table.
-        lines = [f"server = {_toml(f'https://{server}')}", *([f"ca = {_toml(ca)}"] if ca else [])]
+        lines = [f"server = {quoted(f'https://{server}')}", *([f"ca = {quoted(ca)}"] if ca else [])]
         for url in registry.mirrors:
-            lines += ["", f"[host.{_toml(url)}]", '  capabilities = ["pull", "resolve"]']
+            lines += ["", f"[host.{quoted(url)}]", '  capabilities = ["pull", "resolve"]']
             if re.search(r"/v2(/|$)", urlsplit(url).path):  # a proxy project: the path is whole as it is written
                 lines.append("  override_path = true")
-            lines += [f"  ca = {_toml(ca)}"] if ca else []
+            lines += [f"  ca = {quoted(ca)}"] if ca else []
         files.append(File(f"{folder}/hosts.toml", data="\n".join([*lines, ""]).encode()))
     return files
 
@@ -475,8 +476,3 @@ def _pem(path: Path) -> bytes:
             "the registry's CA is no PEM certificate", where=path, remedy="Convert it: openssl x509 -inform der."
         )
     return data
-
-
-def _toml(text: str) -> str:
-    """A TOML basic string; what is put in is ASCII (hosts and URLs were checked), for which JSON's is the same."""
-    return json.dumps(text)

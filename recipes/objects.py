@@ -15,8 +15,10 @@ from typing import Any
 
 import yaml
 
+from recipes.kit import emit
 from recipes.kit.errors import BakeError, BakeErrors, Place
 from recipes.kit.model import Cluster
+from recipes.kit.overlay import word
 from recipes.kit.profiles import ADMIN_GROUP
 
 _API_VERSION = re.compile(r"([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?v[a-z0-9]{1,30}")
@@ -60,8 +62,7 @@ def static(cluster: Cluster, image: Mapping[str, str]) -> list[Object]:
 
 def document(objects: Iterable[Object]) -> bytes:
     """Objects as one YAML stream; the same objects give the same bytes."""
-    text: str = yaml.dump_all(objects, Dumper=_Dumper, explicit_start=True, sort_keys=False, width=1000)
-    return text.encode()
+    return emit.documents(objects)
 
 
 def json_list(objects: Sequence[Object]) -> bytes:
@@ -132,13 +133,6 @@ def operators(files: Iterable[Path]) -> list[Object]:
     if mistakes:
         raise BakeErrors(mistakes)
     return found
-
-
-class _Dumper(yaml.SafeDumper):
-    """Without anchors: the same dict may stand in several objects."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
 
 
 def _object(
@@ -308,12 +302,12 @@ def corefile(cluster: Cluster) -> str:
     The order of plugins is CoreDNS' own, whatever the order here: template would come before kubernetes, so what is
     beyond the cluster has a block of its own.
     """
-    own = [cluster.dns_domain, "in-addr.arpa", "ip6.arpa"]
+    own = [word(cluster.dns_domain), "in-addr.arpa", "ip6.arpa"]
     upstream: list[str] = []
     # Other names do not exist: an answer at once, where REFUSED would make resolvers wait and ask again.
     beyond = ["template ANY ANY . {", "    rcode NXDOMAIN", "}"]
     if cluster.dns_upstream:
-        upstream = [f"forward . {' '.join(cluster.dns_upstream)} {{", "    max_concurrent 1000", "}"]
+        upstream = [f"forward . {' '.join(map(word, cluster.dns_upstream))} {{", "    max_concurrent 1000", "}"]
         beyond = [*upstream, "cache 30", "loop"]
     inside = [
         "errors",

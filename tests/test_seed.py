@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from recipes import seed
 from recipes.kit import archive, atomic
@@ -348,20 +346,3 @@ def test_whatever_changes_in_the_artifact_changes_the_instance(tmp_path: Path) -
     ]
     assert len(set(made)) == 4
     assert instance(cluster, worker, "ab" * 32) == made[0]
-
-
-class Slower(yaml.SafeDumper):
-    ignore_aliases = seed._Dumper.ignore_aliases
-
-
-Slower.add_representer(str, seed._text)
-LINE = st.text(st.characters(codec="utf-8", exclude_characters="\n"))
-LINES = st.lists(LINE.filter(str.strip), min_size=1).map(lambda lines: "\n".join([*lines, ""]))
-PLAIN = LINE | LINES | st.booleans() | st.integers()
-
-
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.dictionaries(st.sampled_from(["a", "b"]), st.lists(PLAIN) | PLAIN))
-def test_the_bytes_do_not_depend_on_the_desks_libyaml(data: Any) -> None:
-    """PyYAML has two emitters, and a desk may lack the faster one."""
-    assert seed._dump(data).decode() == yaml.dump(data, Dumper=Slower, sort_keys=False, width=1 << 20)

@@ -28,7 +28,7 @@ ORDER = [
         "kit.iso",
     ],
     ["kit.bounds", "kit.choices", "kit.download", "kit.registry", "kit.unpack", "kit.gotool", "kit.buildinfo"],
-    ["kit.formats", "kit.places", "kit.clusterfile", "kit.inventory"],
+    ["kit.formats", "kit.places", "kit.emit", "kit.clusterfile", "kit.inventory"],
     [
         "kit.overlay",
         "kit.archive",

@@ -35,6 +35,8 @@ CIPHERS = tuple(
 
 # What an EnvironmentFile of systemd and a POSIX shell read the same way between single quotes.
 _PLAIN = re.compile(r"[^'\\\x00-\x1f\x7f]*")
+# What every configuration takes for one word without quotes, and for nothing else.
+_WORD = re.compile(r"[A-Za-z0-9/][A-Za-z0-9._:/-]*")
 
 
 def layers(cluster: Cluster, role: Role) -> tuple[str, ...]:
@@ -134,7 +136,7 @@ def _environment(tree: Path) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(env=_env, unit=_unit, quoted=_quoted, taint=_taint)
+    environment.filters.update(env=_env, unit=_unit, quoted=quoted, word=word, taint=_taint)
     environment.globals.update(USERS=USERS, CIPHERS=CIPHERS, vip_role=vip_role)
     return environment
 
@@ -157,6 +159,22 @@ def _render(environment: Environment, tree: Path, name: str, context: Mapping[st
         ) from error
 
 
+def word(value: object) -> str:
+    """A word in a configuration that knows no quotes, or its own. ValueError: it might be read as something else."""
+    text = str(value)
+    if not _WORD.fullmatch(text):
+        raise ValueError(f"{text!r} cannot stand there without quotes")
+    return text
+
+
+def quoted(value: object) -> str:
+    """A scalar that JSON, YAML and TOML read as the same string. ValueError: it holds a control character."""
+    text = str(value)
+    if not text.isprintable():
+        raise ValueError(f"{text!r} cannot stand in a configuration file")
+    return json.dumps(text, ensure_ascii=False)
+
+
 def _env(value: object) -> str:
     """A value in an environment file that systemd and sh read alike."""
     text = str(value)
@@ -175,14 +193,6 @@ def _unit(value: object) -> str:
         return escaped
     escaped = escaped.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
-
-
-def _quoted(value: object) -> str:
-    """A scalar that JSON, YAML and TOML read as the same string."""
-    text = str(value)
-    if not text.isprintable():
-        raise ValueError(f"{text!r} cannot stand in a configuration file")
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _taint(text: str) -> dict[str, str]:

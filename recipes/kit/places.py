@@ -18,7 +18,7 @@ import yaml
 from recipes.kit.errors import BakeError, Place
 
 MAX_DEPTH: Final = 20  # a cluster file needs 5; bounds the recursion over the tree
-_LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where PyYAML was built with it: 8 times faster
+LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where PyYAML was built with it: 8 times faster
 
 _INTEGER: Final = re.compile(r"0|-?[1-9][0-9]{0,17}")
 # C0, DEL and C1, line separators, and marks that reverse the direction of writing and so hide what is written.
@@ -139,7 +139,7 @@ def parse(file: Path, text: str) -> tuple[Tree | None, list[BakeError]]:
     """The tree (None when the file is empty or not YAML at all) and every mistake of YAML itself."""
     builder = _Builder(file)
     try:
-        for event in yaml.parse(text, Loader=_LOADER):
+        for event in yaml.parse(text, Loader=LOADER):
             if not builder.take(event):
                 return None, builder.errors
     except yaml.MarkedYAMLError as error:
@@ -162,6 +162,11 @@ def parse(file: Path, text: str) -> tuple[Tree | None, list[BakeError]]:
         )
         return None, builder.errors
     return builder.root, builder.errors
+
+
+def is_text(raw: str) -> bool:
+    """Whether every YAML reader takes this bare word for text (if it can stand there without quotes at all)."""
+    return isinstance(_resolve(raw), str)
 
 
 def _resolve(raw: str) -> str | int | bool | Odd:

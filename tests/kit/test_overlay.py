@@ -114,11 +114,22 @@ def test_env_reads_the_same_in_a_shell(value: str) -> None:
 @given(TEXT)
 def test_quoted_reads_the_same_everywhere(value: str) -> None:
     try:
-        quoted = overlay._quoted(value)
+        quoted = overlay.quoted(value)
     except ValueError:
         assert not value.isprintable()
     else:
         assert yaml.safe_load(quoted) == json.loads(quoted) == tomllib.loads(f"x = {quoted}")["x"] == value
+
+
+@given(TEXT)
+def test_a_word_stays_one_without_quotes(value: str) -> None:
+    try:
+        assert overlay.word(value) == value
+    except ValueError:
+        return
+    assert value.isascii() and value.split() == [value]
+    assert set(value).isdisjoint("\"'\\#;!%$&|<>(){}[]=,*?~`@+")
+    assert not value.startswith("-")
 
 
 def test_unit_takes_specifiers_and_variables_literally() -> None:
