@@ -177,7 +177,8 @@ class Bake:
 
     def begin(self) -> None:
         """Runs first, alone in build/: so every temporary file in there was left by a bake that was killed."""
-        desk = (left for path in self.desk_files for left in self.folder.glob(f".{path.name}.*"))
+        alone = (*self.desk_files, self.schema)  # of their folders, which hold more than artifacts
+        desk = (left for path in alone for left in path.parent.glob(f".{path.name}.*"))
         for left in [*self.folder.glob("*/.*"), *desk]:
             left.unlink()
         for warning in self.cluster.warnings:

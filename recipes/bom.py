@@ -25,6 +25,7 @@ from recipes.kit.model import Arch, Fetched, File, Image, Origin
 PATH = f"{manifest.FOLDER}/payload.cdx.json"
 IDENTITY = f"{manifest.FOLDER}/node.cdx.json"
 _NAMESPACE = UUID("5d3f4c0e-8a1b-4c53-9d0a-736f66747762")
+_VERSION = version("nodebake")
 _DISTRIBUTION = "debian-13"
 
 Entry = dict[str, Any]
@@ -221,7 +222,7 @@ def _written(
         "version": 1,
         "metadata": {
             "timestamp": made.strftime("%Y-%m-%dT%H:%M:%SZ"),
-            "tools": {"components": [{"type": "application", "name": "nodebake", "version": version("nodebake")}]},
+            "tools": {"components": [{"type": "application", "name": "nodebake", "version": _VERSION}]},
             "component": about,
         },
         "components": [components[ref] for ref in sorted(components)],

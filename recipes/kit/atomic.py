@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import fcntl
-import glob
 import os
 import stat
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -22,13 +20,10 @@ def replacing(target: Path, *, mode: int = 0o600, keep: bool = False) -> Iterato
 
     keep: a large target is itself taken away from its name, and the block gets it with all that it holds, so that only
     what differs need be written; the block leaves no byte of it that it does not mean, and cuts off what is behind.
-    Names are unique, so two bakes at once do no harm; what a killed bake left is removed after an hour.
+    Names are unique, so two bakes at once do no harm; what a killed bake left begins with ".", and the next one removes
+    it: to look for it here would cost more with every file in the folder.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(f".{glob.escape(target.name)}.*"):
-        with suppress(OSError):
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink()
     descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     temporary = Path(name)
     try:

@@ -220,15 +220,6 @@ def test_two_writers_of_one_target_do_no_harm(tmp_path: Path) -> None:
     assert gzip.decompress(target.read_bytes())
 
 
-def test_what_a_killed_bake_left_is_removed_in_time(tmp_path: Path) -> None:
-    old, young = tmp_path / ".p.tar.gz.old", tmp_path / ".p.tar.gz.young"
-    for left in (old, young):
-        left.write_bytes(b"half")
-    os.utime(old, (1, 1))
-    write(tmp_path)
-    assert not old.exists() and young.exists()
-
-
 @pytest.mark.parametrize("how", ["kernel", "process"])
 def test_a_range_is_copied_to_where_the_target_stands(
     tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
