@@ -46,7 +46,7 @@ class Place:
 
     holder: Holder
     path: str
-    owner: str
+    owner: str = "root"
     everyones: bool = False  # of all machines that may join; else of the machine itself, where each has one of its own
 
 
@@ -72,31 +72,23 @@ class Secret:
 
 def _authority(spec: AuthoritySpec) -> Kind:
     key = spec.key if spec.name in _SIGNING else None
-    return Kind(f"{spec.name} CA's key", (Place("control-plane", key, "kube-controller-manager"),) if key else ())
+    return Kind(f"{spec.name} CA's key", (Place("control-plane", key),) if key else ())
 
 
 def _leaf(spec: CertificateSpec) -> Kind:
     path = f"{spec.path}.key" if spec.form == "pair" else f"{spec.path}.conf"
     goes = spec.holder in _KEYED and spec.organization not in _ALMIGHTY
-    return Kind(f"{spec.name}'s key", (Place(spec.holder, path, spec.owner),) if goes else (), each=True)
+    return Kind(f"{spec.name}'s key", (Place(spec.holder, path),) if goes else (), each=True)
 
 
 _AUTHORITY: dict[str, Kind] = {spec.name: _authority(spec) for spec in AUTHORITIES}
 _LEAF = {spec.name: _leaf(spec) for spec in PROFILES}
-_SERVICE_ACCOUNT = Kind(
-    "service accounts' key",
-    (
-        Place("control-plane", f"{PKI}/sa.key", "kube-apiserver"),
-        Place("control-plane", f"{PKI}/controller-manager-sa.key", "kube-controller-manager"),
-    ),
-)
-_ENCRYPTION = Kind(
-    "encryption key of Secrets", (Place("control-plane", "/etc/kubernetes/encryption.yaml", "kube-apiserver"),)
-)
+_SERVICE_ACCOUNT = Kind("service accounts' key", (Place("control-plane", f"{PKI}/sa.key"),))
+_ENCRYPTION = Kind("encryption key of Secrets", (Place("control-plane", "/etc/kubernetes/encryption.yaml"),))
 _TOKEN = Kind(
     "bootstrap token",
     (
-        *(Place(holder, tokens.PATH, "root") for holder in _KUBELETS),
+        *(Place(holder, tokens.PATH) for holder in _KUBELETS),
         Place("control-plane", "/etc/nodebake/objects/90-tokens.yaml", "nodebake", everyones=True),
     ),
     each=True,
@@ -104,9 +96,9 @@ _TOKEN = Kind(
 _OPERATORS = Place("control-plane", "/etc/nodebake/objects/10-cluster.yaml", "nodebake")
 _REGISTRY = Kind(
     "registries' passwords",
-    (*(Place(holder, "/var/lib/kubelet/config.json", "root") for holder in _KUBELETS), _OPERATORS),
+    (*(Place(holder, "/var/lib/kubelet/config.json") for holder in _KUBELETS), _OPERATORS),
 )
-_SSH = Kind("SSH host key, where it is baked", tuple(Place(role, node.HOST_KEY, "root") for role in _ROLES), each=True)
+_SSH = Kind("SSH host key, where it is baked", tuple(Place(role, node.HOST_KEY) for role in _ROLES), each=True)
 _OBJECTS = Kind("what is secret in the operator's objects", (_OPERATORS,))
 _MANIFESTS = Kind("key that signs manifests")
 _SERIALS = Kind("seed of serial numbers")

@@ -20,8 +20,7 @@ _ADMIN = next(spec for spec in PROFILES if spec.holder == "desk")
 def for_node(cluster: Cluster, node: Node, secrets: Secrets) -> list[File]:
     """CA certificates, and on control planes and etcd members certificates and keys too; sorted by path.
 
-    A worker's list holds no private key. A key is 0600 and belongs to the one user who reads it; where two daemons
-    need one key, each has a copy.
+    A worker's list holds no private key. A key is root's alone (0600): systemd hands it to the daemons that need it.
     """
     files: list[File] = []
     for authority in AUTHORITIES:
@@ -30,26 +29,25 @@ def for_node(cluster: Cluster, node: Node, secrets: Secrets) -> list[File]:
             if any(holds(node, holder) for holder in holders):
                 files.append(_file(secrets, path, pair.cert_pem))
         if authority.key is not None and node.role == "control-plane":
-            files.append(_file(secrets, authority.key, pair.key_pem, owner="kube-controller-manager"))
+            files.append(_file(secrets, authority.key, pair.key_pem, secret=True))
     for spec in profiles_of(node):
         key = secrets.leaf_keys[node.name, spec.name]
         certificate = _issue(cluster, node, spec, secrets)
         if spec.form == "pair":
             files.append(_file(secrets, f"{spec.path}.crt", certificate))
-            files.append(_file(secrets, f"{spec.path}.key", key, owner=spec.owner))
+            files.append(_file(secrets, f"{spec.path}.key", key, secret=True))
         else:
             config = kubeconfig(
                 {cluster.name: _OWN_API_SERVER},
                 authority=secrets.authorities["kubernetes"].cert_pem,
                 credential=Credential(spec.common_name, certificate, key),
             )
-            files.append(_file(secrets, f"{spec.path}.conf", config, owner=spec.owner))
+            files.append(_file(secrets, f"{spec.path}.conf", config, secret=True))
     if node.role == "control-plane":
         private, public = secrets.service_account
         files += [
             _file(secrets, f"{PKI}/sa.pub", public),
-            _file(secrets, f"{PKI}/sa.key", private, owner="kube-apiserver"),
-            _file(secrets, f"{PKI}/controller-manager-sa.key", private, owner="kube-controller-manager"),
+            _file(secrets, f"{PKI}/sa.key", private, secret=True),
         ]
     return sorted(files, key=lambda file: file.path)
 
@@ -86,9 +84,6 @@ def _issue(cluster: Cluster, node: Node | None, spec: CertificateSpec, secrets: 
     )
 
 
-def _file(secrets: Secrets, path: str, data: bytes, *, owner: str | None = None) -> File:
-    """A public file (no owner given), or one that only its owner reads."""
+def _file(secrets: Secrets, path: str, data: bytes, *, secret: bool = False) -> File:
     origin = Origin("certificates", secrets.minted.date().isoformat(), "baked")
-    if owner is None:
-        return File(path, data=data, origin=origin)
-    return File(path, data=data, mode=0o600, owner=owner, origin=origin)
+    return File(path, data=data, mode=0o600 if secret else 0o644, origin=origin)

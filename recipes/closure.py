@@ -37,7 +37,7 @@ _UNIT_LIST = (
 _TOPS = "bin|dev|etc|home|lib|mnt|opt|proc|root|run|sbin|srv|sys|tmp|usr|var"
 # An absolute path below a folder of the file hierarchy; what stands before tells it from the tail of a URL or variable.
 _PATH = re.compile(rf"(?<![\w.+/:}}\])@%-])(-?)(/(?:{_TOPS})(?![\w.-])(?:/[A-Za-z0-9._+@:*?-]*)*)([$%{{<@\\]?)")
-_MADE = re.compile(rb"^d +(/\S+)", re.MULTILINE)
+_MADE = re.compile(rb"^[dDf]!? +(/\S+)", re.MULTILINE)
 _ASKED = re.compile(r"""(?:\[|\btest) (?:! )?-[a-z] "?(/[^\s"]+)""")
 _SANDBOX = re.compile(r"""^\s*sandbox(?:_image)?\s*=\s*['"]([^'"]+)['"]""", re.MULTILINE)
 _NO_TEXT = (manifest.FOLDER, "/etc/nodebake/objects", "/etc/nodebake/inventory.json", "/etc/ssh")
@@ -50,6 +50,7 @@ _SMALL = 1 << 16  # bytes of a package that is quickly unpacked; small ones are 
 _NAME = "io.containerd.image.name"
 _MERGED = {f"/{name}": f"usr/{name}" for name in ("bin", "sbin", "lib")}
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_CREDENTIAL = re.compile(r"%d/([\w.-]+)")
 _SHELLS = ("#!/bin/sh", "#!/bin/bash")
 _CONSTANT = re.compile(r"^\s*(\w+)=(/[\w./-]+)$", re.MULTILINE)
 
@@ -317,6 +318,11 @@ def _unit(file: File, text: str) -> Iterator[Ask]:
                 elif other not in _system("units") and "%" not in other:
                     told = f"the unit {other} is named in {key}=, but is not in the artifact"
                     yield Ask(told, file.path, _places_of_unit(other))
+    loaded = dict(value.strip().partition(":")[::2] for key, _, value in settings if key.strip() == "LoadCredential")
+    for path in loaded.values():
+        yield Ask(f"{path} is named here, but is not in the artifact", file.path, (path,))
+    for wanted in sorted(set(_CREDENTIAL.findall(text)) - set(loaded)):
+        yield Ask(f"the credential {wanted} is named here, but not loaded (LoadCredential=)", file.path)
     user = next((value.strip() for key, _, value in settings if key.strip() == "User"), "root")
     if user == "root" or user not in USERS:
         return

@@ -71,6 +71,9 @@ class Layout:
         for file in files:
             if file.data is not None:
                 self._put(file)
+        for unit in self.path("/etc/systemd/system").glob("*.service"):
+            for name, source in re.findall(r"^LoadCredential=(.*):(.*)$", unit.read_text(), re.MULTILINE):
+                self._put(File(f"/run/credentials/{unit.name}/{name}", data=Path(source).read_bytes(), mode=0o400))
         for folder in ("var/lib", "var/log/kubernetes", "run/kube-apiserver", "var/lib/etcd"):
             (root / folder).mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -107,6 +110,7 @@ class Layout:
         """The unit's ExecStart as it is run here: variables filled in as systemd does, paths moved."""
         text = self.path(f"/etc/systemd/system/{unit}").read_text().replace("\\\n", " ")
         (line,) = re.findall(r"^ExecStart=(.*)$", text, re.MULTILINE)
+        line = line.replace("%d/", f"{self.root}/run/credentials/{unit}/")
         env = self.environment
         words = [re.sub(r"\$\{(\w+)\}", lambda found: env[found[1]], word) for word in shlex.split(line)]
         assert "%" not in "".join(words)

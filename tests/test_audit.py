@@ -157,7 +157,6 @@ def expected(cluster: Cluster, node: Node) -> set[tuple[str, str]]:
         (f"{PKI}/kubernetes-ca.key", "kubernetes CA"),
         (f"{PKI}/kubelet-serving-ca.key", "kubelet-serving CA"),
         (f"{PKI}/sa.key", "service account"),
-        (f"{PKI}/controller-manager-sa.key", "service account"),
         ("/etc/kubernetes/encryption.yaml", "encryption"),
         *(("/etc/nodebake/objects/90-tokens.yaml", f"{other.name}: token") for other in cluster.kubelets),
     }
@@ -274,7 +273,7 @@ def test_what_others_may_read_fails(ha: Desk) -> None:
     plane = ha.cluster.control_planes[0]
     for change in ({"mode": 0o640}, {"owner": "etcd"}):
         files = [replace(f, **change) if f.path == f"{PKI}/sa.key" else f for f in ha.identity(plane)]
-        assert f"{PKI}/sa.key: this holds a secret: it must be kube-apiserver's alone (0600)" in told(ha, plane, files)
+        assert f"{PKI}/sa.key: this holds a secret: it must be root's alone (0600)" in told(ha, plane, files)
 
 
 def everywhere(value: bytes) -> list[bytes]:

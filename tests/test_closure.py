@@ -196,6 +196,8 @@ def test_a_package_that_is_missing_is_found(plane: list[File], holes: Holes) -> 
         ("After=absent.service", "the unit absent.service is named in After="),
         ("Wants=tried.service", "names itself"),
         ("User=etcd\nExecStart=/usr/bin/cat /etc/kubernetes/encryption.yaml", "this unit runs as etcd"),
+        ("LoadCredential=x:/etc/absent.key", "/etc/absent.key is named here"),
+        ("ExecStart=/usr/bin/cat %d/sa.key", "the credential sa.key is named here, but not loaded"),
     ],
 )
 @both
@@ -209,6 +211,7 @@ def test_a_unit_that_names_what_is_not_there(plane: list[File], line: str, told:
     [
         "ExecStart=/usr/bin/sleep 1",
         "ExecStart=/bin/openssl /usr/bin/openssl-linked",
+        "User=etcd\nLoadCredential=key:/etc/kubernetes/encryption.yaml\nExecStart=/usr/bin/cat %d/key",
         "ExecStart=/opt/nodebake/current/bin/kubelet --root-dir=/var/lib/kubelet/x",
         "EnvironmentFile=-/etc/optional",
         "ConditionPathExists=/etc/optional",

@@ -47,7 +47,7 @@ def test_a_worker_carries_no_long_lived_secret(cluster: Cluster, minted: store.S
 def test_a_control_plane_has_what_the_cluster_is_started_from(cluster: Cluster, minted: store.Secrets) -> None:
     files = identity(cluster, "control-1", minted)
     encryption = files["/etc/kubernetes/encryption.yaml"]
-    assert (encryption.mode, encryption.owner) == (0o600, "kube-apiserver")
+    assert (encryption.mode, encryption.owner) == (0o600, "root")
     tokens = files["/etc/nodebake/objects/90-tokens.yaml"]
     rights = files["/etc/nodebake/objects/00-rights.yaml"]
     assert (rights.mode, rights.owner) == (0o600, "nodebake")

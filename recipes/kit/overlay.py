@@ -33,6 +33,9 @@ CIPHERS = tuple(
     for cipher in ("AES_128_GCM_SHA256", "AES_256_GCM_SHA384", "CHACHA20_POLY1305_SHA256")
 )
 
+# What root's own daemons and systemd read, nobody else: the CIS Kubernetes Benchmark wants it so (1.1, 4.1).
+_ROOTS_ALONE = re.compile(r"/etc/systemd/system/(etcd|kube).*|/etc/kubernetes/(flannel|kube-proxy|kubelet).*")
+
 # What an EnvironmentFile of systemd and a POSIX shell read the same way between single quotes.
 _PLAIN = re.compile(r"[^'\\\x00-\x1f\x7f]*")
 # What every configuration takes for one word without quotes, and for nothing else.
@@ -92,7 +95,8 @@ def render(tree: Path, context: Mapping[str, Any]) -> list[File]:
     """A tree as Files, sorted by path, owned by root.
 
     A file that ends in `.j2` is rendered and loses the ending; where only white space comes out, the file is left out.
-    Mode is 0755 for an executable file, else 0644, whatever the umask of the checkout; symbolic links stay links.
+    Mode is 0755 for an executable file, 0600 for what root alone reads, else 0644, whatever the umask of the checkout;
+    symbolic links stay links.
     Raises BakeError for a template that does not render, with its place.
     """
     environment = _environment(tree)
@@ -102,13 +106,14 @@ def render(tree: Path, context: Mapping[str, Any]) -> list[File]:
         if path.is_symlink():
             files.append(File(path=f"/{name}", link=str(path.readlink())))
             continue
-        mode = 0o755 if path.stat().st_mode & 0o100 else 0o644
+        place = f"/{name.removesuffix('.j2')}"
+        mode = 0o755 if path.stat().st_mode & 0o100 else 0o600 if _ROOTS_ALONE.fullmatch(place) else 0o644
         if path.suffix != ".j2":
-            files.append(File(path=f"/{name}", data=path.read_bytes(), mode=mode))
+            files.append(File(path=place, data=path.read_bytes(), mode=mode))
             continue
         text = _render(environment, tree, name, context)
         if text.strip():
-            files.append(File(path=f"/{name.removesuffix('.j2')}", data=text.encode(), mode=mode))
+            files.append(File(path=place, data=text.encode(), mode=mode))
     return sorted(files, key=lambda file: file.path)
 
 

@@ -59,7 +59,7 @@ class Sans:
 
 @dataclass(frozen=True, slots=True)
 class CertificateSpec:
-    """One baked leaf certificate; one per holder. path has no suffix (see Form); owner is a key of model.USERS."""
+    """One baked leaf certificate; one per holder. path has no suffix (see Form)."""
 
     name: str
     authority: Authority
@@ -67,7 +67,6 @@ class CertificateSpec:
     purpose: str
     holder: Holder
     path: str
-    owner: str
     organization: str | None = None
     server: bool = False
     client: bool = False
@@ -138,7 +137,6 @@ PROFILES: tuple[CertificateSpec, ...] = (
         "the API server's port 6443",
         "control-plane",
         f"{PKI}/kube-apiserver",
-        "kube-apiserver",
         server=True,
         sans=_API_SERVER,
     ),
@@ -149,7 +147,6 @@ PROFILES: tuple[CertificateSpec, ...] = (
         "API server to kubelets (bound to system:kubelet-api-admin)",
         "control-plane",
         f"{PKI}/kube-apiserver-kubelet-client",
-        "kube-apiserver",
         client=True,
     ),
     CertificateSpec(
@@ -159,7 +156,6 @@ PROFILES: tuple[CertificateSpec, ...] = (
         "API server to etcd",
         "control-plane",
         f"{PKI}/kube-apiserver-etcd-client",
-        "kube-apiserver",
         client=True,
     ),
     CertificateSpec(
@@ -169,7 +165,6 @@ PROFILES: tuple[CertificateSpec, ...] = (
         "API server to aggregated API servers",
         "control-plane",
         f"{PKI}/front-proxy-client",
-        "kube-apiserver",
         client=True,
     ),
     CertificateSpec(
@@ -179,7 +174,6 @@ PROFILES: tuple[CertificateSpec, ...] = (
         "controller-manager to its own API server",
         "control-plane",
         "/etc/kubernetes/controller-manager",
-        "kube-controller-manager",
         client=True,
         form="kubeconfig",
     ),
@@ -190,7 +184,6 @@ PROFILES: tuple[CertificateSpec, ...] = (
         "scheduler to its own API server",
         "control-plane",
         "/etc/kubernetes/scheduler",
-        "kube-scheduler",
         client=True,
         form="kubeconfig",
     ),
@@ -201,7 +194,6 @@ PROFILES: tuple[CertificateSpec, ...] = (
         "etcd's client port 2379 (a client too: etcd's own gateway dials it)",
         "etcd-member",
         f"{ETCD_PKI}/server",
-        "etcd",
         server=True,
         client=True,
         sans=_ETCD,
@@ -213,7 +205,6 @@ PROFILES: tuple[CertificateSpec, ...] = (
         "etcd's peer port 2380, both directions",
         "etcd-member",
         f"{ETCD_PKI}/peer",
-        "etcd",
         server=True,
         client=True,
         sans=_ETCD,
@@ -225,7 +216,6 @@ PROFILES: tuple[CertificateSpec, ...] = (
         "the operator's etcdctl and the health check",
         "etcd-member",
         f"{ETCD_PKI}/client",
-        "root",
         client=True,
     ),
     CertificateSpec(
@@ -235,7 +225,6 @@ PROFILES: tuple[CertificateSpec, ...] = (
         "the operator's admin.conf; never on a machine",
         "desk",
         "admin",
-        "root",
         organization=ADMIN_GROUP,
         client=True,
         form="kubeconfig",
@@ -294,8 +283,8 @@ def profile_table() -> str:
         lines.append(_row(f"`{authority.common_name}`", authority.signs, where, key))
     lines += [
         "",
-        _row("certificate", "CA", "CN", "O", "use", "SAN", "on", "files", "owner", "for"),
-        _row(*["---"] * 10),
+        _row("certificate", "CA", "CN", "O", "use", "SAN", "on", "files", "for"),
+        _row(*["---"] * 9),
     ]
     for spec in PROFILES:
         use = ", ".join(name for name, on in (("server", spec.server), ("client", spec.client)) if on)
@@ -310,7 +299,6 @@ def profile_table() -> str:
                 spec.sans.text if spec.sans else "",
                 spec.holder,
                 files,
-                spec.owner if spec.holder != "desk" else "the operator",
                 spec.purpose,
             )
         )
