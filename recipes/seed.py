@@ -148,7 +148,7 @@ def documents(cluster: Cluster, node: Node, *, sums: str) -> dict[str, bytes]:
 def write(contents: Mapping[str, bytes], tarball: Path, target: Path, *, mtime: int) -> Seed:
     """Writes the ISO (0600: the tarball in it is secret) with these documents; mtime: since the epoch.
 
-    Nothing large is in memory, and files over 4 GiB are allowed.
+    Nothing large is in memory, and files over 4 GiB are allowed. It is on the disk once atomic.settle() was called.
     """
     return write_iso({**contents, "node.tar.gz": tarball}, target, label=LABEL, mtime=mtime, keep=True)
 
@@ -168,7 +168,7 @@ def write_iso(
     """
     ordered = sorted(contents.items(), key=lambda item: (isinstance(item[1], Path), item[0]))
     small = sum(isinstance(content, bytes) for content in contents.values())
-    with replacing(target, keep=keep) as out, ExitStack() as opened, _pinned_clock(mtime):
+    with replacing(target, keep=keep, later=True) as out, ExitStack() as opened, _pinned_clock(mtime):
         iso = pycdlib.PyCdlib()
         iso.new(interchange_level=3, joliet=3, rock_ridge="1.09", vol_ident=label, app_ident_str="NODEBAKE")
         for number, (name, content) in enumerate(ordered):

@@ -108,10 +108,11 @@ def write_node(
 ) -> Packed:
     """Writes a node tarball: the payload's head, if there is one, and a member with `files`; 0600, for it is secret.
 
+    It is on the disk once atomic.settle() was called.
     BakeError as in write_payload().
     """
     ordered = _checked(files)
-    with replacing(target, keep=payload is not None) as out:
+    with replacing(target, keep=payload is not None, later=True) as out:
         if payload is not None:
             with payload.open("rb") as head:
                 length = _head_length(payload)

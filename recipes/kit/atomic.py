@@ -7,17 +7,21 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+WORTH_SYNCING_ALL = 16  # files; fewer are synced one by one, whatever else the desk has to write
 WORTH_KEEPING = 16 << 20  # bytes; a smaller file is as quickly written anew
+
+_unsettled: list[Path] = []
 
 
 @contextmanager
-def replacing(target: Path, *, mode: int = 0o600, keep: bool = False) -> Iterator[IO[bytes]]:
+def replacing(target: Path, *, mode: int = 0o600, keep: bool = False, later: bool = False) -> Iterator[IO[bytes]]:
     """A file beside target that takes its place, synced, when the block ends well; else it is removed.
 
+    later: it is not synced before settle() is called, so that many files cost the disk hardly more than one.
     keep: a large target is itself taken away from its name, and the block gets it with all that it holds, so that only
     what differs need be written; the block leaves no byte of it that it does not mean, and cuts off what is behind.
     Names are unique, so two bakes at once do no harm; what a killed bake left begins with ".", and the next one removes
@@ -34,12 +38,27 @@ def replacing(target: Path, *, mode: int = 0o600, keep: bool = False) -> Iterato
             os.fchmod(descriptor, mode)
             yield out
             out.flush()
-            os.fsync(out.fileno())
+            if not later:
+                os.fsync(out.fileno())
         temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(target.parent)
+    if later:
+        _unsettled.append(target)
+    else:
+        _sync(target.parent)
+
+
+def settle() -> None:
+    """Returns when all that replacing() left for later is on the disk."""
+    if len(_unsettled) > WORTH_SYNCING_ALL:
+        os.sync()
+    else:
+        for path in dict.fromkeys([*_unsettled, *(target.parent for target in _unsettled)]):
+            with suppress(FileNotFoundError):
+                _sync(path)
+    _unsettled.clear()
 
 
 def _may_be_taken(target: Path) -> bool:
@@ -69,8 +88,8 @@ def _taken(target: Path, temporary: Path) -> int:
     return descriptor
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -12,6 +12,7 @@ import os
 import signal
 import sqlite3
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -27,11 +28,13 @@ from doit.dependency import FileChangedChecker, SqliteDB
 from doit.exceptions import InvalidCommand, TaskFailed
 from doit.reporter import ConsoleReporter
 
+from recipes.kit.atomic import settle
 from recipes.kit.errors import BakeError, BakeErrors
 from recipes.kit.hashing import sha256_of
 from recipes.kit.locks import locked
 
 BUILD = Path("build")
+SECONDS = 2.0  # of work that SIGKILL may cost
 COMMANDS = ("clean", "help", "info", "list", "verify")  # doit's others are for mending doit itself
 
 
@@ -151,14 +154,17 @@ def _waiting() -> None:
 
 
 class State(SqliteDB):  # type: ignore[misc]
-    """doit's state, written when a task is done and not when doit ends, and forgotten when the task begins: of one that
-    was cut off, a target may be new and the next one old. Losing it costs time, never truth."""
+    """doit's state, written soon after a task is done and not when doit ends, and forgotten when the task begins: of
+    one that was cut off, a target may be new and the next one old. Losing it costs time, never truth: it is written
+    only when what the tasks made is on the disk."""
 
     opened: State | None = None
 
     def __init__(self, name: str, codec: Any, *, module_name: str | None = None) -> None:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         super().__init__(name, codec, module_name=module_name)
+        self._done: list[str] = []
+        self._written = time.monotonic()
         State.opened = self
 
     def _sqlite3(self, name: str) -> sqlite3.Connection:
@@ -170,17 +176,26 @@ class State(SqliteDB):  # type: ignore[misc]
     def set(self, task_id: str, dependency: str, value: Any) -> None:
         super().set(task_id, dependency, value)
         if dependency == "deps:":  # the last thing that doit says of a finished task
-            self._commit(task_id)
+            self._done.append(task_id)
+            if time.monotonic() - self._written > SECONDS:
+                self._write()
 
     def remove(self, task_id: str) -> None:
         super().remove(task_id)
         self._conn.commit()
 
-    def _commit(self, task_id: str) -> None:
-        text = self.codec.encode(self._cache[task_id])
-        self._conn.execute("insert or replace into doit values (?,?)", (task_id, text))
+    def dump(self) -> None:
+        self._write()
+        super().dump()
+
+    def _write(self) -> None:
+        settle()
+        rows = [(task_id, self.codec.encode(self._cache[task_id])) for task_id in self._done]
+        self._conn.executemany("insert or replace into doit values (?,?)", rows)
         self._conn.commit()
-        self._dirty.discard(task_id)
+        self._dirty.difference_update(self._done)
+        self._done.clear()
+        self._written = time.monotonic()
 
 
 class Checker(FileChangedChecker):  # type: ignore[misc]
