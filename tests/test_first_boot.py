@@ -101,6 +101,97 @@ def test_install_puts_everything_in_place_and_can_be_repeated(baked: tuple[Path,
         assert left == {"etcd-of", "first-boot", "lock"}, "put in place: the machine itself goes on"
 
 
+@pytest.fixture
+def installed(baked: tuple[Path, Path, Path], tmp_path: Path) -> Path:
+    """A root with worker-1 in place, and a medium beside it that has its identity alone."""
+    root, medium = tmp_path / "root", tmp_path / "medium"
+    medium.mkdir()
+    root.mkdir()
+    shutil.copy(baked[1], medium / "node.tar.gz")
+    assert run("install", "--root", root, "--medium", medium).returncode == 0
+    shutil.copy(baked[2], medium / "node.tar.gz")
+    return root
+
+
+def entries(root: Path) -> dict[str, tuple[int, int, str]]:
+    """Path -> inode, links, and where a link leads."""
+    found = {name: root / name for name in tree(root) if not name.startswith("var/lib/nodebake/")}
+    return {
+        name: (path.lstat().st_ino, path.lstat().st_nlink, str(path.readlink()) if path.is_symlink() else "")
+        for name, path in found.items()
+    }
+
+
+def test_an_identity_alone_is_enough_where_its_payload_is_in_place(installed: Path) -> None:
+    """The payload stays where it is, byte and inode, but for its symbolic links."""
+    before = entries(installed)
+    done = run("install", "--root", installed, "--medium", installed.parent / "medium")
+    assert done.returncode == 0 and "taking the payload that this machine has" in done.stdout, done.stderr
+    after = entries(installed)
+    assert {name: (links, to) for name, (_, links, to) in after.items()} == {
+        name: (links, to) for name, (_, links, to) in before.items()
+    }
+    new = {name for name in after if after[name][0] != before[name][0]}
+    own = run_tar_list(installed.parent / "medium" / "node.tar.gz")
+    assert {name for name in new if not (installed / name).is_symlink()} == own
+    assert set(new - own) == {name for name in after if (installed / name).is_symlink()}
+    assert [path.name for path in (installed / "var/lib/nodebake").glob("staging*")] == []
+
+
+def run_tar_list(tarball: Path) -> set[str]:
+    """The files in a tarball."""
+    listed = subprocess.run(["tar", "-tzf", tarball], capture_output=True, text=True, check=True).stdout.split()
+    return {name for name in listed if not name.endswith("/")}
+
+
+def test_where_nothing_can_be_linked_the_payload_is_copied(installed: Path, tmp_path: Path) -> None:
+    """As in a check on another file system than the payload's."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "ln").symlink_to("/bin/false")
+    text = PROGRAM.read_text().replace("PATH=", f"PATH={programs}:", 1)
+    (tmp_path / "first-boot").write_text(text)
+    command: list[str | Path] = [
+        "sh",
+        tmp_path / "first-boot",
+        "verify",
+        "--root",
+        installed,
+        installed.parent / "medium",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "every byte is as it was baked for worker-1" in done.stdout, done.stderr
+    assert all(links == 1 for _, links, _ in entries(installed).values())
+
+
+@pytest.mark.parametrize("change", ["a byte", "a mode", "gone", "a link"])
+def test_a_payload_that_was_changed_on_the_machine_is_refused(installed: Path, change: str) -> None:
+    config = installed / "etc/containerd/config.toml"
+    if change == "a byte":
+        config.write_text(config.read_text() + "#")
+    elif change == "a mode":
+        config.chmod(0o600)
+    elif change == "gone":
+        config.unlink()
+    else:
+        current = installed / "opt/nodebake/current"
+        to = current.readlink()
+        current.unlink()
+        current.symlink_to(f"./{to}")
+    before = entries(installed)
+    done = run("install", "--root", installed, "--medium", installed.parent / "medium")
+    assert done.returncode == DAMAGED and "take the node's whole artifact" in done.stderr, done.stdout + done.stderr
+    assert ("opt/nodebake/current" if change == "a link" else "etc/containerd/config.toml") in done.stderr
+    assert entries(installed) == before
+
+
+def test_an_identity_alone_is_refused_where_another_payload_is_in_place(installed: Path) -> None:
+    sums = installed / MANIFEST / "payload.SHA256SUMS"
+    sums.write_text(sums.read_text() + "\n")
+    done = run("install", "--root", installed, "--medium", installed.parent / "medium")
+    assert done.returncode == MISSING and "this machine has none or another one" in done.stderr
+
+
 def test_install_after_a_cut_goes_on(baked: tuple[Path, Path, Path], tmp_path: Path) -> None:
     medium, root = tmp_path / "medium", tmp_path / "root"
     medium.mkdir()

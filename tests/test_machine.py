@@ -344,6 +344,19 @@ def test_a_wrong_artifact_leaves_an_installed_machine_as_it_is(
     assert installed.path("/var/lib/nodebake/installed").exists()
 
 
+def test_a_machine_that_has_joined_takes_what_was_to_be_installed_by_then(
+    installed: Machine, tarballs: dict[str, Path]
+) -> None:
+    """It needs no token: so is the way back to an earlier artifact, or an identity of a machine that nobody rekeyed."""
+    shutil.copy(tarballs["last year"], installed.path("/medium/node.tar.gz"))
+    for name in ("opt/nodebake/manifest/signing.pub", "var/lib/nodebake/installed", "var/lib/nodebake/placed"):
+        installed.path(f"/{name}").unlink()  # as if the same cluster had baked it
+    said = until_it_waits(installed)
+    assert "waiting until this machine is healthy" in said
+    past = f"INSTALL_BY='{NOW - timedelta(days=365 - 90):%Y-%m-%dT}"
+    assert past in installed.path("/etc/nodebake/node.env").read_text()
+
+
 def test_a_run_that_goes_on_needs_no_medium_any_more(installed: Machine) -> None:
     installed.path("/var/lib/nodebake/installed").unlink()
     damaged_artifact(installed)

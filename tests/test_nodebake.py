@@ -31,6 +31,7 @@ from machine.endpoints import Probe
 from machine.scrub import HIDDEN, Scrubber
 from machine.system import System, run
 
+from recipes import certificates
 from recipes.kit import overlay, store
 from recipes.kit.model import Cluster, Node, Registry
 from tests import artifacts, samples
@@ -617,6 +618,30 @@ def test_baked_certificates_are_warned_of(plane: Baked, well: Callable[..., None
         "/etc/etcd/pki/peer.crt",
         f"/{CLIENT}",
     }
+
+
+def test_every_certificate_of_a_machine_is_told(
+    tmp_path: Path, parts: artifacts.Parts, well: Callable[..., None]
+) -> None:
+    """Baked ones by what a machine is given, the kubelet's own, and until when a machine may join."""
+    machines = []
+    for cluster in (samples.ha(), samples.external_etcd(), samples.balanced()):
+        for role in sorted({node.role for node in cluster.nodes}):
+            folder = tmp_path / f"{cluster.name}-{role}"
+            folder.mkdir()
+            machines.append(bake(folder, cluster, cluster.with_role(role)[0], parts))
+            machines[-1].install()
+    well()
+    for baked in machines:
+        given = [file.path for file in certificates.for_node(baked.cluster, baked.node, baked.secrets)]
+        wanted = {path for path in given if path.endswith((".crt", ".conf"))}
+        wanted |= {f"/{CLIENT}", f"/{SERVER}"} if baked.node.runs_kubelet else set()
+        found = status.gather(baked.system)
+        assert {each.path for each in found.certificates} == wanted
+        told = report.lines(found, colour=False)
+        for path in wanted:
+            assert any(path in line and "until 20" in line for line in told), path
+        assert any("to be installed by 2027-01-30" in line for line in told)
 
 
 @pytest.mark.parametrize(("age", "warned"), [(327, False), (330, True)])
