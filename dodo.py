@@ -22,6 +22,7 @@ from recipes.kit.download import Desk
 from recipes.kit.errors import BakeError, BakeErrors
 from recipes.kit.graph import Same, action, argument
 from recipes.kit.model import Arch, Node, Source
+from recipes.kit.profiles import ADMIN_CONF, DESK
 from recipes.kit.progress import for_this_terminal
 from recipes.records import still_there
 
@@ -143,6 +144,20 @@ def task_node() -> Iterator[Task]:
         }
 
 
+def task_certs() -> Iterator[Task]:
+    """bake what renews a machine that runs: its certificates and token, without the payload that it has"""
+    templates = overlay.inputs([overlay.IDENTITY])
+    for node in wanted_nodes():
+        yield {
+            "name": node.name,
+            "actions": [action(bake().make_certs, node)],
+            "file_dep": [bake().payload_record(node.role, node.arch), *templates],
+            "targets": [bake().certs(node)],
+            "uptodate": [Same(bake().inputs_of_node, node)],
+            "clean": True,
+        }
+
+
 def task__base() -> Task:
     """tell what the desk lacks to make disk images, before a bake that may take long"""
     return {"actions": [action(bake().check_base, arch) for arch in sorted({node.arch for node in wanted_nodes()})]}
@@ -176,7 +191,7 @@ def task_image() -> Iterator[Task]:
 
 def wanted_nodes() -> list[Node]:
     """Only the machines that were named, where some were: the others' tasks would cost time and are not needed."""
-    names = graph.named("node", "image")
+    names = graph.named("node", "image", "certs")
     return list(bake().cluster.nodes) if names is None else [inventory.find(bake().cluster, name) for name in names]
 
 
@@ -275,6 +290,20 @@ def info(names: list[str]) -> None:
         print(report.machine(look, node))
 
 
+def rekey(names: list[str]) -> None:
+    """What `doit rekey NODE ...` does."""
+    if not names:
+        raise BakeError(
+            "there is no NODE to rekey", remedy=f"say doit rekey NODE ..., or {ADMIN_CONF} for the administrators'"
+        )
+    here = bake()
+    named = [name.removeprefix("node:") for name in names]
+    owners = dict.fromkeys(DESK if name == ADMIN_CONF else inventory.find(here.cluster, name).name for name in named)
+    before = store.open(here.where, here.cluster, now=here.now, mint=False)
+    store.rekey(here.where, here.cluster, owners, now=here.now)
+    print(report.rekeyed(replace(here, minting=False), list(owners), before))
+
+
 def verify(names: list[str]) -> None:
     """What `doit verify FILE ...` does: a line for each file that is whole; then BakeErrors for the others."""
     from recipes.verify import Verifier
@@ -293,7 +322,7 @@ def verify(names: list[str]) -> None:
 
 def at_end(selected: list[str]) -> None:
     """What a finished bake ends with: every machine, and every disk image, that was asked for."""
-    for kind, told in (("node", report.summary), ("image", report.disks)):
+    for kind, told in (("node", report.summary), ("image", report.disks), ("certs", report.renewals)):
         nodes = [node for node in bake().cluster.nodes if kind in selected or f"{kind}:{node.name}" in selected]
         if nodes:
             print(told(bake(), nodes))

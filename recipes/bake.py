@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property, partial
@@ -22,6 +22,7 @@ from recipes.kit.choices import Choices
 from recipes.kit.download import Desk
 from recipes.kit.errors import BakeError
 from recipes.kit.model import Arch, BaseImage, Cluster, Fetched, File, Node, Role
+from recipes.kit.profiles import DESK
 
 if TYPE_CHECKING:
     from recipes.audit import Audit
@@ -101,6 +102,9 @@ class Bake:
         made = [] if self.cluster.base_image(arch) else [self.base(arch), self.base_bom(arch)]
         return [self.record("bases", arch), *made]
 
+    def certs(self, node: Node) -> Path:
+        return self.folder / "certs" / f"{node.name}.tar.gz"
+
     def disk(self, node: Node) -> Path:
         return self.folder / "disks" / f"{node.name}.raw.gz"
 
@@ -138,7 +142,7 @@ class Bake:
     @cached_property
     def generation(self) -> int:
         """Counts the versions of what the control planes bring: 1, 2 ... Kept in the store, so that it never falls."""
-        known = digest(self.code, self._named_alike, self._token_ids(), self._operators_bytes(), self._references())
+        known = digest(self.code, self._named_alike, self._tokens(), self._operators_bytes(), self._references())
         kept = Choices(self.where / "generation.json")  # not with the choices, which may be thrown away
         last = kept.get("generation", "objects") or {"of": None, "number": 0}
         if last["of"] == known:
@@ -154,8 +158,12 @@ class Bake:
         nowhere = Path(self.cluster.file.name)
         return replace(self.cluster.unwired, file=nowhere, images=(), extra_objects=(), registries=registries)
 
-    def _token_ids(self) -> list[tuple[str, str]]:
-        return [(node.name, self.secrets.tokens[node.name].id) for node in self.cluster.kubelets]
+    def _tokens(self) -> list[tuple[str, str, datetime]]:
+        secrets = self.secrets
+        return [
+            (node.name, secrets.tokens[node.name].id, secrets.life(node.name).install_by)
+            for node in self.cluster.kubelets
+        ]
 
     def _operators_files(self) -> list[tuple[str, int, int]]:
         authorities = [registry.ca for registry in self.cluster.registries if registry.ca is not None]
@@ -183,6 +191,12 @@ class Bake:
             left.unlink()
         for warning in self.cluster.warnings:
             self.desk.progress.warn(warning)
+        late = [node.name for node in self.cluster.nodes if self.secrets.life(node.name).install_by <= self.now]
+        if late:
+            self.desk.progress.warn(
+                f"installBy has passed for {some(late)}: what is baked for them renews a machine that runs "
+                "(nodebake apply), and installs none. Those that were not installed: doit rekey NODE ..."
+            )
         _ = self.secrets, self.mtime  # what is wrong with them is told here, once
 
     def inputs_of_binaries(self, arch: Arch) -> str:
@@ -269,7 +283,7 @@ class Bake:
         """A control plane knows every machine (tokens, addresses, labels); any other machine what all may know."""
         known = self._known_to_all if node.role != "control-plane" else self._known_to_control_planes
         token = self.secrets.tokens.get(node.name)
-        minted = (self.secrets.cluster_id, self.secrets.install_by, token.id if token else None)
+        minted = (self.secrets.cluster_id, self.secrets.life(node.name), token.id if token else None)
         return digest(self.code, known, node, self.mtime, minted, self._passwords() if node.runs_kubelet else ())
 
     @cached_property
@@ -278,24 +292,37 @@ class Bake:
 
     @cached_property
     def _known_to_control_planes(self) -> str:
-        everything = (self.cluster.unwired, self._token_ids(), self._operators_files(), self.generation)
+        everything = (self.cluster.unwired, self._tokens(), self._operators_files(), self.generation)
         return digest(self._known_to_all, everything)
 
     def make_node(self, node: Node) -> None:
-        from recipes import closure, seed
         from recipes import node as node_recipe
+        from recipes import seed
         from recipes.kit import manifest
+
+        contents = self._proven_identity(node)
+        documents = seed.documents(self.cluster, node, sums=manifest.digest_of_sums(contents, "node"))
+        self._audit.seed(documents, node)
+        tarball = self.payload(node.role, node.arch)
+        node_recipe.write(node, contents, self.tarball(node), mtime=self.mtime, payload_tarball=tarball)
+        seed.write(documents, self.tarball(node), self.seed(node), mtime=self.mtime)
+
+    def make_certs(self, node: Node) -> None:
+        from recipes import node as node_recipe
+
+        contents = self._proven_identity(node)
+        node_recipe.write(node, contents, self.certs(node), mtime=self.mtime, payload_tarball=None)
+
+    def _proven_identity(self, node: Node) -> list[File]:
+        """A machine's identity, complete upon its payload, and nothing in it that it may not have."""
+        from recipes import closure
 
         sums, proven = self._proven(node.role, node.arch)
         contents = self.identity(node, sums=sums)
         debs = partial(records.read_fetched, self.record("packages", f"{node.role}-{node.arch}"))
         closure.prove(proven, self.cluster, node, contents, debs)
-        documents = seed.documents(self.cluster, node, sums=manifest.digest_of_sums(contents, "node"))
         self._audit.identity(contents, node)
-        self._audit.seed(documents, node)
-        tarball = self.payload(node.role, node.arch)
-        node_recipe.write(node, contents, self.tarball(node), mtime=self.mtime, payload_tarball=tarball)
-        seed.write(documents, self.tarball(node), self.seed(node), mtime=self.mtime)
+        return contents
 
     @cached_property
     def _audit(self) -> Audit:
@@ -352,7 +379,7 @@ class Bake:
             disk.write(planned, self.disk(node), advance)
 
     def inputs_of_desk(self) -> str:
-        return digest(self.code, self.cluster, self.secrets.cluster_id)
+        return digest(self.code, self.cluster, self.secrets.cluster_id, self.secrets.life(DESK))
 
     def make_desk(self) -> None:
         from recipes import certificates
@@ -371,6 +398,11 @@ class Bake:
 
         tarballs = {f"{role}-{arch}": self.payload(role, arch) for role, arch in self.cluster.payloads}
         seed.write_payloads(tarballs, self.volume, mtime=self.mtime)
+
+
+def some(names: Sequence[str]) -> str:
+    """For people: all of them, or the first few and how many more."""
+    return ", ".join(names) if len(names) <= 5 else f"{', '.join(names[:3])} and {len(names) - 3} more"
 
 
 def _is_url(image: BaseImage) -> bool:

@@ -74,12 +74,14 @@ def admin_conf(cluster: Cluster, secrets: Secrets) -> bytes:
 
 def _issue(cluster: Cluster, node: Node | None, spec: CertificateSpec, secrets: Secrets) -> bytes:
     sans = spec.sans.names(cluster, node) if spec.sans is not None and node is not None else ()
+    owner = node.name if node is not None else DESK
+    minted = secrets.life(owner).minted
     return pki.leaf(
         pki.Subject(spec.common_name, spec.organization, spec.server, spec.client, sans),
-        secrets.leaf_keys[node.name if node is not None else DESK, spec.name],
+        secrets.leaf_keys[owner, spec.name],
         secrets.authorities[spec.authority],
-        start=secrets.minted - BACKDATED,
-        end=secrets.minted + cluster.validity.leaf,
+        start=minted - BACKDATED,
+        end=minted + cluster.validity.leaf,
         serial_seed=secrets.serial_seed,
     )
 

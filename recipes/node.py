@@ -32,16 +32,17 @@ def identity(
     sums: of the payload that it belongs to (payload.Written). For control planes, which bring the cluster's objects:
     image, name -> reference in the payload, and generation, which counts the versions of what they bring.
     """
+    life = secrets.life(node.name)
     found = [
         *certificates.for_node(cluster, node, secrets),
         *overlay.identity(
             cluster,
             node,
-            minted=_iso(secrets.minted),
-            install_by=_iso(secrets.install_by),
+            minted=_iso(life.minted),
+            install_by=_iso(life.install_by),
         ),
         File(manifest.SIGNING_KEY, data=secrets.signing.public_pem),
-        bom.identity(f"{cluster.name}/{node.name}", payload.title(cluster, node.role, node.arch), sums, secrets.minted),
+        bom.identity(f"{cluster.name}/{node.name}", payload.title(cluster, node.role, node.arch), sums, life.minted),
     ]
     if node.runs_kubelet:
         found.append(tokens.bootstrap_kubeconfig(cluster, node, secrets))
@@ -59,7 +60,8 @@ def identity(
 
 
 def write(node: Node, contents: Sequence[File], target: Path, *, mtime: int, payload_tarball: Path | None) -> Packed:
-    """Packs identity() into target; media full: behind the payload's head, complete; media thin: alone."""
+    """Packs identity() into target; media full: behind the payload's head, complete; media thin, or without a payload:
+    alone."""
     head = payload_tarball if node.media == "full" else None
     return archive.write_node(contents, target, mtime=mtime, payload=head, own=payload.OWN_FOLDERS)
 
@@ -76,12 +78,14 @@ def known_hosts(cluster: Cluster, secrets: store.Secrets) -> bytes:
 
 def inventory_document(cluster: Cluster, secrets: store.Secrets, generation: int) -> dict[str, Any]:
     """What approves certificate requests and labels Nodes has to know of every kubelet. No secret: token ids only."""
+    by = {node.name: _iso(secrets.life(node.name).install_by) for node in cluster.kubelets}
+    latest = max(by.values())
     return {
         "clusterId": secrets.cluster_id,
         "cluster": cluster.name,
         "generation": generation,
         "approval": cluster.approval,
-        "installBy": _iso(secrets.install_by),
+        "installBy": latest,
         "kubelets": [
             {
                 "name": node.name,
@@ -91,6 +95,7 @@ def inventory_document(cluster: Cluster, secrets: store.Secrets, generation: int
                 "labels": dict(node.labels),
                 "storage": node.storage,
                 "denied": node.denied,
+                **({"installBy": by[node.name]} if by[node.name] != latest else {}),
             }
             for node in cluster.kubelets
         ],
@@ -126,6 +131,7 @@ def _control_plane(cluster: Cluster, secrets: store.Secrets, image: Mapping[str,
 
 
 def _manifest(cluster: Cluster, node: Node, secrets: store.Secrets, found: Sequence[File], sums: str) -> list[File]:
+    life = secrets.life(node.name)
     about: Mapping[str, Any] = {
         "cluster": cluster.name,
         "clusterId": secrets.cluster_id,
@@ -135,8 +141,8 @@ def _manifest(cluster: Cluster, node: Node, secrets: store.Secrets, found: Seque
         "macs": [link.mac for link in node.network.links if link.mac],
         "addresses": [str(address) for address in node.network.addresses],
         "serial": node.serial,
-        "minted": _iso(secrets.minted),
-        "installBy": _iso(secrets.install_by),
+        "minted": _iso(life.minted),
+        "installBy": _iso(life.install_by),
         "payload": sums,
     }
     sign: Callable[[bytes], bytes] = lambda data: store.sign(secrets, data)  # noqa: E731

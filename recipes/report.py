@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from recipes.bake import Bake
+from recipes.bake import Bake, some
 from recipes.kit import store
 from recipes.kit.model import Node
-from recipes.kit.profiles import expiries
+from recipes.kit.profiles import ADMIN_CONF, DESK, expiries
 from recipes.kit.progress import amount
 from recipes.records import read_fetched, read_images
 
@@ -49,7 +49,7 @@ def summary(bake: Bake, nodes: Sequence[Node]) -> str:
     lines = ["", table(("MACHINE", "ROLE", "ADDRESS", "MEDIA", "TARBALL", "SEED", "CERTIFICATES UNTIL"), rows)]
     if len(nodes) > len(shown):
         lines.append(f"... and {len(nodes) - len(shown)} machines more")
-    lines += ["", f"Sources: {_sources(bake)}", *_until(bake), "", *_next(bake)]
+    lines += ["", f"Sources: {_sources(bake)}", *_until(bake, nodes), "", *_next(bake)]
     return "\n".join(lines)
 
 
@@ -64,7 +64,59 @@ def disks(bake: Bake, nodes: Sequence[Node]) -> str:
     if len(nodes) > len(shown):
         lines.append(f"... and {len(nodes) - len(shown)} machines more")
     write = f"gzip -dc {bake.disk(nodes[0])} | sudo dd of=/dev/sdX bs=4M conv=fsync"
-    return "\n".join([*lines, "", *_until(bake)[:1], f"To write one: {write}", "They hold secrets, as the seeds do."])
+    return "\n".join(
+        [*lines, "", *_until(bake, nodes)[:1], f"To write one: {write}", "They hold secrets, as the seeds do."]
+    )
+
+
+def renewals(bake: Bake, nodes: Sequence[Node]) -> str:
+    """The end of a bake of what renews machines that run: sizes, until when, and how it is applied."""
+    shown = nodes if len(nodes) <= ROWS else nodes[: ROWS // 2]
+    rows = [(node.name, str(bake.certs(node)), _size(bake.certs(node)), _first_expiry(bake, node)) for node in shown]
+    lines = ["", table(("MACHINE", "RENEWAL", "SIZE", "CERTIFICATES UNTIL"), rows)]
+    if len(nodes) > len(shown):
+        lines.append(f"... and {len(nodes) - len(shown)} machines more")
+    lines += [
+        "",
+        "On one machine after the other, from a folder DIR where it lies as node.tar.gz: nodebake apply DIR",
+        "They hold secrets, as the seeds do, and are for machines that have the payload which was baked last.",
+    ]
+    return "\n".join(lines)
+
+
+def rekeyed(bake: Bake, owners: Sequence[str], before: store.Secrets) -> str:
+    """The end of a rekeying: what is new, what has to change on a running cluster, and what to do next."""
+    rows, objects, machines = [], list[str](), list[str]()
+    for owner in owners:
+        node = next((node for node in bake.cluster.nodes if node.name == owner), None)
+        leaves = [day for name, day in _expiries(bake, node) if not name.endswith("-ca")]
+        certificates = f"{len(leaves)}, until {min(leaves)}" if leaves else "-"
+        if node is None:
+            rows.append((ADMIN_CONF, certificates, "-", "-"))
+            continue
+        machines.append(owner)
+        ids = [each.tokens[owner].id for each in (before, bake.secrets) if owner in each.tokens]
+        token = " -> ".join(ids) if node.runs_kubelet else "-"
+        rows.append((owner, certificates, token, _day(bake.secrets.life(owner).install_by)))
+        if node.runs_kubelet:
+            objects += [f"Secret bootstrap-token-{old}: goes" for old in ids[:-1]]
+            objects += [f"Secret bootstrap-token-{ids[-1]}: comes, unless {owner} is a Node"] if not node.denied else []
+    steps = ["doit"]
+    if objects:
+        planes = " ".join(f"certs:{node.name}" for node in bake.cluster.control_planes)
+        listed = "".join(f"\n       {each}" for each in (*objects, "ConfigMap nodebake-inventory: the next generation"))
+        steps.append(
+            f"If the cluster runs: doit {planes}, and nodebake apply DIR on one\n"
+            f"     control plane after the other. The first one changes in kube-system:{listed}"
+        )
+    if machines:
+        steps.append(
+            f"{some(machines)}: what is not installed gets its new seed; what runs, its renewal (doit certs:NODE)."
+        )
+    lines = [table(("MINTED ANEW", "CERTIFICATES", "TOKEN", "INSTALL BY"), rows), "", "Next:"]
+    lines += [f"  {number}. {step}" for number, step in enumerate(steps, 1)]
+    lines += [f"Back up {bake.where} again. Old certificates hold until their end: none can be called back."]
+    return "\n".join(lines)
 
 
 def cluster(bake: Bake) -> str:
@@ -83,8 +135,8 @@ def cluster(bake: Bake) -> str:
     )
     if not bake.minted:
         return "\n".join([*lines, "", "Nothing is baked yet: run doit."])
-    lines += ["", *_until(bake), "", table(("COMPONENT", "VERSION", "SOURCE"), _components(bake))]
-    lines += ["", table(("CERTIFICATE", "UNTIL"), [(name, _day(moment)) for name, moment in _expiries(bake, None)])]
+    lines += ["", *_until(bake, cluster.nodes), "", table(("COMPONENT", "VERSION", "SOURCE"), _components(bake))]
+    lines += ["", table(("WHAT ENDS", "OF", "WHEN"), _ends(bake))]
     return "\n".join(lines)
 
 
@@ -100,9 +152,9 @@ def machine(bake: Bake, node: Node) -> str:
     )
     if not bake.minted or not bake.tarball(node).exists():
         return "\n".join([*lines, "", f"It is not baked yet: run doit node:{node.name}"])
-    lines += ["", *_until(bake)]
-    if ends := _expiries(bake, node):
-        lines += ["", table(("CERTIFICATE", "UNTIL"), [(name, _day(moment)) for name, moment in ends])]
+    lines += ["", *_until(bake, [node])]
+    if ends := [*_expiries(bake, node), *_issued(bake, node)]:
+        lines += ["", table(("WHAT ENDS", "WHEN"), ends)]
     lines += ["", table(("COMPONENT", "VERSION", "SOURCE", "FILES", "SIZE"), _contents(bake, node))]
     return "\n".join(lines)
 
@@ -136,9 +188,13 @@ def _sources(bake: Bake) -> str:
     return ", ".join([*told, *(f"{name} from {source}" for name, _, source in components if source == "debian")])
 
 
-def _until(bake: Bake) -> list[str]:
+def _until(bake: Bake, nodes: Sequence[Node]) -> list[str]:
+    dates: dict[str, list[str]] = {}
+    for node in nodes:
+        dates.setdefault(_day(bake.secrets.life(node.name).install_by), []).append(node.name)
+    told = [date if len(dates) == 1 else f"{date} ({some(names)})" for date, names in sorted(dates.items())]
     return [
-        f"Install by {_day(bake.secrets.install_by)}: bootstrap tokens end then, and first boot refuses.",
+        f"Install by {', '.join(told)}: bootstrap tokens end then, and first boot refuses.",
         f"Manifests are signed with the key {store.fingerprint(bake.secrets)}.",
     ]
 
@@ -157,13 +213,37 @@ def _next(bake: Bake) -> list[str]:
 
 def _first_expiry(bake: Bake, node: Node) -> str:
     """Of the certificates that are baked for this machine; a kubelet's own is issued, and renewed, in the cluster."""
-    leaves = [moment for name, moment in _expiries(bake, node) if not name.endswith("-ca")]
-    return _day(min(leaves)) if leaves else "issued on joining" if node.runs_kubelet else "-"
+    leaves = [day for name, day in _expiries(bake, node) if not name.endswith("-ca")]
+    return min(leaves) if leaves else "issued on joining" if node.runs_kubelet else "-"
 
 
-def _expiries(bake: Bake, node: Node | None) -> list[tuple[str, datetime]]:
-    secrets = bake.secrets
-    return expiries(bake.cluster, node, minted=secrets.minted, authorities_end=secrets.authorities_end)
+def _ends(bake: Bake) -> Iterable[tuple[str, str, str]]:
+    """(what, whose, when): each CA once, and whatever else machines and administrators have, by its date."""
+    yield from ((name, ADMIN_CONF if name == "admin" else "the cluster", day) for name, day in _expiries(bake, None))
+    owners: dict[tuple[str, str], list[str]] = {}
+    for node in bake.cluster.nodes:
+        for name, day in (*_expiries(bake, node), *_issued(bake, node)):
+            if not name.endswith("-ca"):
+                owners.setdefault((name, day), []).append(node.name)
+    yield from ((name, some(names), day) for (name, day), names in owners.items())
+
+
+def _issued(bake: Bake, node: Node) -> list[tuple[str, str]]:
+    """What a machine joins with, and what it is given then."""
+    if not node.runs_kubelet:
+        return []
+    days = bake.cluster.validity.kubelet.days
+    return [
+        ("bootstrap token", _day(bake.secrets.life(node.name).install_by)),
+        ("kubelet's two, once it has joined", f"{days} days, renewed by itself"),
+    ]
+
+
+def _expiries(bake: Bake, node: Node | None) -> list[tuple[str, str]]:
+    """Of certificates that are baked, or without a machine the desk's: (name, day)."""
+    secrets, owner = bake.secrets, node.name if node is not None else DESK
+    found = expiries(bake.cluster, node, minted=secrets.life(owner).minted, authorities_end=secrets.authorities_end)
+    return [(name, _day(moment)) for name, moment in found]
 
 
 def _day(moment: datetime) -> str:

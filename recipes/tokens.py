@@ -15,6 +15,7 @@ from recipes.kit.model import Cluster, File, Node, Origin
 from recipes.kit.store import Secrets, Token
 
 PATH = "/etc/kubernetes/bootstrap-kubelet.conf"
+MACHINE = "nodebake.local/machine"  # by this label the controller knows whose token it was
 
 
 def bootstrap_kubeconfig(cluster: Cluster, node: Node, secrets: Secrets) -> File:
@@ -25,7 +26,7 @@ def bootstrap_kubeconfig(cluster: Cluster, node: Node, secrets: Secrets) -> File
         authority=secrets.authorities["kubernetes"].cert_pem,
         credential=Credential("kubelet-bootstrap", token=secrets.tokens[node.name].bearer),
     )
-    origin = Origin("bootstrap token", secrets.minted.date().isoformat(), "baked")
+    origin = Origin("bootstrap token", secrets.life(node.name).minted.date().isoformat(), "baked")
     return File(PATH, data=data, mode=0o600, origin=origin)
 
 
@@ -34,7 +35,11 @@ def secret_object(node: Node, token: Token, install_by: datetime) -> dict[str, A
     return {
         "apiVersion": "v1",
         "kind": "Secret",
-        "metadata": {"name": f"bootstrap-token-{token.id}", "namespace": "kube-system"},
+        "metadata": {
+            "name": f"bootstrap-token-{token.id}",
+            "namespace": "kube-system",
+            "labels": {MACHINE: node.name},
+        },
         "type": "bootstrap.kubernetes.io/token",
         "stringData": {
             "token-id": token.id,
@@ -49,7 +54,7 @@ def secret_object(node: Node, token: Token, install_by: datetime) -> dict[str, A
 def for_control_plane(cluster: Cluster, secrets: Secrets) -> File:
     """The Secrets of every kubelet that may join, in the cluster file's order; denied machines have none."""
     items = [
-        secret_object(node, secrets.tokens[node.name], secrets.install_by)
+        secret_object(node, secrets.tokens[node.name], secrets.life(node.name).install_by)
         for node in cluster.kubelets
         if not node.denied
     ]

@@ -289,7 +289,7 @@ def test_denied_machines_get_nothing(request_: judge.Request) -> None:
 
 
 def test_tokens_end_and_renewals_do_not() -> None:
-    end = INVENTORY.install_by
+    end = INVENTORY.kubelets["worker-1"].install_by
     assert verdict(BY_TOKEN, now=end - timedelta(seconds=1)).decision == "approve"
     late = verdict(BY_TOKEN, now=end)
     assert (late.decision, late.why) == ("refuse", "worker-1 was to be installed by 2027-02-21T12:00:00+00:00")
@@ -362,7 +362,7 @@ def test_the_baked_inventory_is_what_the_daemon_reads(tmp_path: Path) -> None:
     secrets = store.open(tmp_path / "secrets", cluster, now=NOW)
     read = inventory.read_artifact(bake(tmp_path / "artifact", cluster, cluster.control_planes[0], secrets, 3))
     assert read.inventory.generation == 3
-    assert read.inventory.install_by == secrets.install_by
+    assert {kubelet.install_by for kubelet in read.inventory.kubelets.values()} == {secrets.install_by}
     kubelet = read.inventory.kubelets["worker-2"]
     assert kubelet == read.inventory.by_token[secrets.tokens["worker-2"].id]
     assert kubelet.addresses == frozenset(("192.168.10.22",)) and kubelet.denied
@@ -897,6 +897,23 @@ def test_a_denied_machine_gets_nothing_and_loses_its_token(plane: Stand) -> None
         eventually(lambda: plane.secret("worker-1") is None, "its token is gone")
         running.until(rf"token {plane.secrets.tokens['worker-1'].id} of worker-1: deleted, for it is denied")
     assert plane.brought() == {"control-1", "worker-2", "worker-3", "worker-4"}
+
+
+def test_a_machine_that_was_rekeyed_loses_its_old_token(plane: Stand) -> None:
+    """Also where a daemon that has an older artifact may see the new token first."""
+    anew = store.Token("newone", "0123456789abcdef")
+    rekeyed = replace(plane.secrets, tokens={**plane.secrets.tokens, "worker-1": anew})
+    path = {name: f"{tokens.SECRETS}/{tokens.PREFIX}{token.id}" for name, token in plane.secrets.tokens.items()}
+    path |= {"new": f"{tokens.SECRETS}/{tokens.PREFIX}newone", "a person's": f"{tokens.SECRETS}/{tokens.PREFIX}people"}
+    mine = {"metadata": {"name": "bootstrap-token-people"}, "type": "bootstrap.kubernetes.io/token"}
+    plane.admin.call("POST", tokens.SECRETS, {"apiVersion": "v1", "kind": "Secret", **mine})
+    with plane.daemon(plane.artifact(1), node="control-2"):
+        eventually(lambda: all(plane.found(path[f"worker-{i}"]) for i in (1, 2)), "they have tokens")
+        with plane.daemon(plane.artifact(2, secrets=rekeyed)):
+            eventually(lambda: plane.found(path["worker-1"]) is None, "the old one goes")
+            eventually(lambda: plane.found(path["new"]) is not None, "the new one comes")
+            time.sleep(1)
+            assert all(plane.found(path[one]) is not None for one in ("new", "worker-2", "a person's"))
 
 
 def test_three_daemons_and_two_keys_for_each_token(plane: Stand) -> None:

@@ -25,10 +25,11 @@ from pathlib import Path
 import pytest
 
 from recipes.kit.atomic import WORTH_KEEPING
+from recipes.kit.profiles import PROFILES
 from tests.conftest import REMEMBERED, Project, copy_project
 from tests.kit.test_gpt import partitioned
 
-KINDS = ("base", "binaries", "desk", "image", "images", "node", "packages", "payload", "schema", "volume")
+KINDS = ("base", "binaries", "certs", "desk", "image", "images", "node", "packages", "payload", "schema", "volume")
 SMALL = """\
 name: small
 media: thin
@@ -262,6 +263,76 @@ def test_a_task_that_fails_speaks_in_the_same_voice(small: Desk) -> None:
     assert len(starts) == 1 and re.match(r"ERROR: \S+signing\.key: .*damaged", starts[0])
 
 
+# ---- minting anew ----------------------------------------------------------------------------------------------------
+
+
+def taken(tarball: Path, path: str) -> bytes:
+    """One file out of a tarball."""
+    return subprocess.run(["tar", "-xzOf", tarball, path], capture_output=True, check=True).stdout
+
+
+def token_of(desk: Desk, name: str) -> bytes:
+    """What a thin artifact joins with."""
+    config = taken(desk.build / f"nodes/{name}.tar.gz", "etc/kubernetes/bootstrap-kubelet.conf")
+    found = re.search(rb"token: (\S+)", config)
+    assert found is not None
+    return found[1].strip(b'"')
+
+
+def test_rekeying_a_machine_changes_it_and_who_knows_its_token(small: Desk) -> None:
+    before, old = small.stamps(), token_of(small, "worker-2")
+    told = small.doit("rekey", "node:worker-2")
+    assert old.decode()[7:] not in told
+    for line in (
+        rf"worker-2 +- +{old.decode()[:6]} -> [a-z0-9]{{6}} +20\d\d-\d\d-\d\d",
+        rf"Secret bootstrap-token-{old.decode()[:6]}: goes",
+        r"Secret bootstrap-token-[a-z0-9]{6}: comes, unless worker-2 is a Node",
+        r"doit certs:control-1, and nodebake apply DIR",
+    ):
+        assert re.search(line, told), told
+    assert small.stamps() == before
+    small.doit()
+    assert changed(before, small.stamps()) == machine("worker-2") | machine("control-1")
+    new = token_of(small, "worker-2")
+    known = taken(small.build / "nodes/control-1.tar.gz", "etc/nodebake/objects/90-tokens.yaml")
+    assert new != old and new[7:] in known and old[7:] not in known
+    assert made(small.doit()) == set()
+    digests = small.digests()
+    small.doit("clean", "node")
+    small.doit()
+    assert small.digests() == digests, "the same store gives the same bytes"
+
+
+def test_a_renewal_is_the_identity_alone(small: Desk) -> None:
+    before = small.stamps()
+    told = small.doit("rekey", "control-1", "admin.conf")
+    assert re.search(r"control-1 +9, until 20\d\d-\d\d-\d\d +[a-z0-9]{6} -> [a-z0-9]{6}", told), told
+    assert re.search(r"admin\.conf +1, until 20\d\d-\d\d-\d\d", told), told
+    admin = (small.build / "admin.conf").read_bytes()
+    told = small.doit("certs:control-1", "certs:worker-1")
+    assert made(told) == {"certs:control-1", "certs:worker-1"}
+    assert "nodebake apply DIR" in told and re.search(r"control-1 +\S+certs/control-1.tar.gz +\d", told), told
+    assert small.stamps() == before
+    small.doit()
+    assert (small.build / "admin.conf").read_bytes() != admin
+    for name in ("control-1", "worker-1"):
+        assert sha256(small.build / f"certs/{name}.tar.gz") == sha256(small.build / f"nodes/{name}.tar.gz")
+        assert (small.build / f"certs/{name}.tar.gz").stat().st_mode & 0o777 == 0o600
+    told = small.doit("verify", str(small.build / "certs/control-1.tar.gz"))
+    assert "control-1 (control-plane, amd64) of the cluster small, whole" in told
+
+
+def test_a_machine_with_full_media_has_a_small_renewal(apart: Desk) -> None:
+    apart.doit("certs:etcd-1")
+    assert (apart.build / "certs/etcd-1.tar.gz").stat().st_size < 200_000
+    assert "etcd-1 (etcd, amd64)" in apart.doit("verify", str(apart.build / "certs/etcd-1.tar.gz"))
+
+
+def test_what_cannot_be_rekeyed_is_told(small: Desk) -> None:
+    assert "ERROR: there is no NODE to rekey\n  -> say doit rekey NODE" in small.doit("rekey", fails=True)
+    assert "no node worker-9" in small.doit("rekey", "worker-1", "worker-9", fails=True)
+
+
 # ---- looking and cleaning -------------------------------------------------------------------------------------------
 
 
@@ -272,12 +343,25 @@ def test_info_tells_of_cluster_and_machine_and_mints_nothing(tmp_path: Path, sma
     assert not list(fresh.clusters.glob("*.secrets"))
 
     told = small.doit("info")
-    for part in ("1 control-plane, 2 worker", "kubernetes", "v1.37.1", "kubernetes-ca", "Install by"):
+    for part in ("1 control-plane, 2 worker", "kubernetes", "v1.37.1", "Install by"):
         assert part in told
+    cas = ("kubernetes-ca", "kubelet-serving-ca", "etcd-ca", "front-proxy-ca")
+    day = r"20\d\d-\d\d-\d\d"
+    ends = [
+        *(rf"{name} +the cluster +{day}" for name in cas),
+        rf"admin +admin\.conf +{day}",
+        *(rf"{spec.name} +control-1 +{day}" for spec in PROFILES if spec.holder != "desk"),
+        rf"bootstrap token +control-1, worker-1, worker-2 +{day}",
+        "kubelet's two, once it has joined +control-1, worker-1, worker-2 +365 days, renewed by itself",
+    ]
+    for line in ends:
+        assert re.search(f"^{line}$", told, re.MULTILINE), line
     told = small.doit("info", "worker-2")
     for part in ("192.168.10.22", "52:54:00:00:10:16", "kubernetes", "containerd", "nodes/worker-2.tar.gz"):
         assert part in told
     assert "kube-apiserver" not in told
+    for line in (rf"kubernetes-ca +{day}", rf"bootstrap token +{day}", "kubelet's two, once it has joined +365 days"):
+        assert re.search(f"^{line}", told, re.MULTILINE), line
 
     before = {path: path.stat().st_mtime_ns for path in small.store.rglob("*")}
     with edited(small.file, lambda text: text + "  - {name: control-2, role: worker, address: 192.168.10.12}\n"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -22,7 +22,7 @@ from pkilint.validation import ValidationFindingSeverity
 
 from recipes import certificates
 from recipes.kit import pki, store
-from recipes.kit.model import Cluster, Endpoint, KeyType
+from recipes.kit.model import Cluster, Endpoint, KeyType, Validity
 from recipes.kit.profiles import AUTHORITIES, DESK, holds, profiles_of
 from recipes.kit.store import Secrets
 from tests import samples
@@ -182,3 +182,12 @@ def test_serial_numbers_are_as_random_as_the_stores_seed(tmp_path: Path) -> None
     for number in numbers:
         always, never = always & number, never & ~number
     assert (always, never & ((1 << 159) - 1)) == (1 << 158, 0)
+
+
+def test_the_documentation_has_the_shelf_life() -> None:
+    """As it is without a word of it in the cluster file."""
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    told = dict(re.findall(r"^\| [^|]+ \| (\d+) days \| `([\w.]+)` \|$", text, re.MULTILINE))
+    wanted = {f"validity.{each.name}": getattr(Validity(), each.name) for each in fields(Validity)}
+    wanted["installBy"] = samples.ha().install_by
+    assert {what: timedelta(days=int(days)) for days, what in told.items()} == wanted

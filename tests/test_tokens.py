@@ -45,7 +45,11 @@ def test_a_secret_has_the_form_that_kubernetes_reads() -> None:
     assert made == {
         "apiVersion": "v1",
         "kind": "Secret",
-        "metadata": {"name": "bootstrap-token-abc123", "namespace": "kube-system"},
+        "metadata": {
+            "name": "bootstrap-token-abc123",
+            "namespace": "kube-system",
+            "labels": {"nodebake.local/machine": "worker-1"},
+        },
         "type": "bootstrap.kubernetes.io/token",
         "stringData": {
             "token-id": "abc123",
@@ -72,6 +76,15 @@ def test_every_kubelet_has_one_and_no_other_machine(tmp_path: Path) -> None:
         assert re.fullmatch(r"[a-z0-9]{6}\.[a-z0-9]{16}", f"{text['token-id']}.{text['token-secret']}")
         assert secret["metadata"]["name"] == f"bootstrap-token-{text['token-id']}"
     assert len({secret["metadata"]["name"] for secret in made}) == 4
+
+
+def test_a_token_of_its_own_time_ends_at_its_own_time(tmp_path: Path) -> None:
+    cluster = samples.ha()
+    opened(cluster, tmp_path)
+    secrets = store.rekey(tmp_path / "secrets", cluster, ["worker-2"], now=NOW + timedelta(days=100))
+    ends = {secret["metadata"]["labels"][tokens.MACHINE]: secret["stringData"] for secret in brought(cluster, secrets)}
+    assert ends["worker-2"]["expiration"] == "2027-06-01T12:00:00Z"
+    assert {told["expiration"] for name, told in ends.items() if name != "worker-2"} == {"2027-02-21T12:00:00Z"}
 
 
 def test_a_denied_machine_has_none_in_the_cluster(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from recipes.kit.locks import locked
 
 BUILD = Path("build")
 SECONDS = 2.0  # of work that SIGKILL may cost
-COMMANDS = ("clean", "help", "info", "list", "verify")  # doit's others are for mending doit itself
+COMMANDS = ("clean", "help", "info", "list", "rekey", "verify")  # doit's others are for mending doit itself
 
 
 def argument(name: str, *, one_of: Sequence[str] = ()) -> str | None:
@@ -83,7 +83,7 @@ class Loader(DodoTaskLoader):  # type: ignore[misc]
         Loader.named = tuple(names) if cmd.execute_tasks and names and plain else None
         with _told():
             tasks = super().load_tasks(cmd, pos_args)
-            if cmd.get_name() not in ("help", "info", "verify"):  # theirs are no tasks
+            if cmd.get_name() not in ("help", "info", "rekey", "verify"):  # theirs are no tasks
                 _check_names(tasks, names)
             return tasks
 
@@ -297,6 +297,17 @@ class Info(_Looking):
 
     doc_purpose = "show the cluster, or one machine: what is in it, from where, until when"
     doc_usage = "[NODE]"
+
+
+class Rekey(_Looking):
+    """`doit rekey NODE ...`: new keys, tokens and dates in the store; the next bake takes them."""
+
+    doc_purpose = "mint anew what machines have of their own: keys, token, dates"
+    doc_usage = "NODE ..."
+
+    def _execute(self, pos_args: list[str]) -> int:
+        with locked(BUILD / ".lock", waiting=_waiting):
+            return super()._execute(pos_args)
 
 
 class Verify(_Looking):

@@ -18,6 +18,7 @@ Form = Literal["pair", "kubeconfig"]  # <path>.crt and <path>.key, or one kubeco
 
 # Owner of the keys that stay with the operator; an underscore, so that no machine can have this name.
 DESK = "_desk"
+ADMIN_CONF = "admin.conf"  # what people call it
 
 PKI = "/etc/kubernetes/pki"
 ETCD_PKI = "/etc/etcd/pki"

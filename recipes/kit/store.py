@@ -1,7 +1,8 @@
 """The secret store: what was minted once for a cluster, beside its cluster file.
 
     <cluster file>.secrets/            0700, files 0600, ignored by git
-      cluster.json                     id, time of minting, key type, and the SHA-256 of every key and certificate below
+      cluster.json                     id, time of minting, key type, what was minted later or anew, and the SHA-256 of
+                                       every key and certificate below
       ca/<name>.crt, .key              the authorities
       keys/<node>/<profile>.key        private keys of the baked certificates (keys/_desk: admin.conf's)
       service-account.key, .pub        signs service account tokens
@@ -11,10 +12,10 @@
       tokens.json                      node -> bootstrap token
       ssh-host-keys.json               node -> SSH host key, only where the cluster file asks for baked ones
 
-cluster.json is written last, so it commits what it lists. While it is missing, `minting` says that the first minting is
-under way: whoever finds that mark mints anew, for nothing of it was ever handed out. What cluster.json lists and the
-folder has not, or not with these bytes, is damage and an error. A key of a machine that joined later is minted when
-first asked for; those of removed machines stay. Nothing in here is for editing: the JSON files carry their own digest.
+Whatever changes in here is written into `journal` first, whole; from then on it holds: whoever finds a journal writes
+what it says, and removes it. What cluster.json lists and the folder has not, or not with these bytes, is damage and an
+error. What a machine that joins later needs is minted when first asked for; what those had that were removed stays.
+Minted anew is only what rekey() is asked for. Nothing in here is for editing: the JSON files carry their own digest.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ import secrets as random
 import shlex
 import stat
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -36,12 +38,12 @@ from typing import Any, NamedTuple
 from recipes.kit.errors import BakeError
 from recipes.kit.locks import locked
 from recipes.kit.model import Cluster
-from recipes.kit.profiles import AUTHORITIES, KeyPair, leaf_owners
+from recipes.kit.profiles import ADMIN_CONF, AUTHORITIES, DESK, KeyPair, leaf_owners
 
 BACKDATED = timedelta(hours=1)  # notBefore lies this long before minting: a machine's clock may be a little behind
 
 _RECORD = "cluster.json"
-_MARK = "minting"
+_JOURNAL = "journal"
 _TOKENS = "tokens.json"
 _SSH = "ssh-host-keys.json"
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -57,6 +59,13 @@ class Token:
     @property
     def bearer(self) -> str:
         return f"{self.id}.{self.secret}"
+
+
+class Life(NamedTuple):
+    """When a machine's keys and token were minted, and until when it may join. UTC, whole seconds."""
+
+    minted: datetime
+    install_by: datetime
 
 
 class PlainPair(NamedTuple):
@@ -83,7 +92,7 @@ class Secrets:
 
     cluster_id: str
     minted: datetime
-    install_by: datetime
+    install_by: datetime  # of what was minted then
     authorities_end: datetime
     authorities: Mapping[str, KeyPair] = field(repr=False)  # by profiles.Authority
     leaf_keys: Mapping[tuple[str, str], bytes] = field(repr=False)  # (node or profiles.DESK, profile) -> PEM
@@ -93,6 +102,11 @@ class Secrets:
     serial_seed: bytes = field(repr=False)  # 32 bytes
     tokens: Mapping[str, Token] = field(repr=False)  # by node; machines that were removed from the file included
     ssh_host_keys: Mapping[str, SshHostKey] = field(repr=False)  # by node; empty unless the cluster bakes them
+    later: Mapping[str, Life]  # node or profiles.DESK -> what was minted after the cluster, or anew
+
+    def life(self, owner: str) -> Life:
+        """Of a machine, or of profiles.DESK."""
+        return self.later.get(owner, Life(self.minted, self.install_by))
 
 
 @dataclass(frozen=True)
@@ -105,6 +119,7 @@ class _Record:
     keyType: str
     authoritiesEnd: str
     files: dict[str, str]  # path in the store -> SHA-256 in hex
+    later: dict[str, str] = field(default_factory=dict)  # node or profiles.DESK -> when it was minted, or minted anew
 
     @property
     def time(self) -> datetime:
@@ -120,25 +135,50 @@ def default_directory(cluster_file: Path) -> Path:
 
 
 def open(directory: Path, cluster: Cluster, *, now: datetime, mint: bool = True) -> Secrets:
-    """What was minted for the cluster; mints what is missing. now: an aware datetime, the time of a first minting.
+    """What was minted for the cluster; mints what is missing. now: an aware datetime, the time of minting.
 
-    With mint=False the store is left as it is, and what a machine lacks in there is missing in the mappings.
+    With mint=False nothing is minted, and what a machine lacks in there is missing in the mappings.
 
     Any number of processes may call it at once, and any of them may be killed at any time. Raises BakeError when the
-    store is damaged, readable by others or another cluster's, and when installBy or the certificates have run out.
+    store is damaged, readable by others or another cluster's, and, if it mints, when certificates have run out.
     """
+    with _held(directory, make=mint):
+        if mint and not (directory / ".gitignore").exists():
+            _write(directory, ".gitignore", b"*\n")
+        return _open(directory, cluster, _whole(now), mint)
+
+
+def rekey(directory: Path, cluster: Cluster, owners: Collection[str], *, now: datetime) -> Secrets:
+    """Mints anew whatever these machines (or profiles.DESK) have of their own: keys, token, SSH host key. Their
+    certificates, and the time in which they may join, begin now. All of it or nothing; errors as open()'s."""
+    with _held(directory, make=False):
+        return _rekey(directory, cluster, owners, _whole(now))
+
+
+@contextmanager
+def _held(directory: Path, *, make: bool) -> Iterator[None]:
+    """The folder, private, for this process alone, and with nothing half done in it."""
+    if not make and not directory.exists():
+        raise _nothing(directory)
     try:
         _prepare(directory)
         with locked(directory / ".lock"):
-            if mint and not (directory / ".gitignore").exists():
-                _write(directory, ".gitignore", b"*\n")
-            return _open(directory, cluster, now.astimezone(UTC).replace(microsecond=0), mint)
+            _finish(directory)
+            yield
     except OSError as error:
         raise BakeError(
             f"the secret store cannot be used: {error.strerror or error}",
             where=str(error.filename or directory),
             remedy="mend that (space, rights, a writable file system), then bake again: nothing was lost",
         ) from error
+
+
+def _nothing(directory: Path) -> BakeError:
+    return BakeError("nothing was minted for this cluster yet", where=directory, remedy="bake it: doit")
+
+
+def _whole(moment: datetime) -> datetime:
+    return moment.astimezone(UTC).replace(microsecond=0)
 
 
 def sign(secrets: Secrets, data: bytes) -> bytes:
@@ -162,78 +202,86 @@ def fingerprint_of(public_pem: bytes) -> str:
     return hashlib.sha256(base64.b64decode(b"".join(body))).hexdigest()
 
 
+@dataclass(frozen=True)
+class _Held:
+    """What lies in the folder. files: path in the store -> bytes."""
+
+    record: _Record
+    files: Mapping[str, bytes]
+    tokens: Mapping[str, Token]
+    ssh: Mapping[str, SshHostKey]
+
+
 def _open(directory: Path, cluster: Cluster, now: datetime, mint: bool) -> Secrets:
-    record = _read_record(directory, cluster)
-    first = record is None
-    if record is None:
-        if not mint:
-            raise BakeError("nothing was minted for this cluster yet", where=directory, remedy="bake it: doit")
-        record = _Record(
-            cluster.name,
-            str(uuid.uuid4()),
-            now.isoformat(),
-            cluster.key_type,
-            (now + cluster.validity.ca).isoformat(),
-            {},
-        )
-    install_by = _resolve_install_by(cluster, record, now)
-
-    found = {name: _read_listed(directory, name, digest) for name, digest in record.files.items()}
-    if not first:
-        _check_lifetimes(directory, cluster, record, now)
-    tokens = {} if first else _read_tokens(directory)
-    ssh = {} if first else _read_ssh(directory)
+    held = _read_all(directory, cluster)
     if not mint:
-        return _secrets(cluster, record, install_by, found, tokens, ssh)
+        if held is None:
+            raise _nothing(directory)
+        return _secrets(cluster, held)
+    if held is not None:
+        _check_lifetimes(directory, cluster, held.record, now)
+    whole = _complete(cluster, held or _first(cluster, now), now)
+    _commit(directory, held, whole)
+    return _secrets(cluster, whole)
 
-    minted = _mint_cluster(cluster, record.time) if first else {}
-    minted |= {
-        name: _adopt(directory, name, first) or _new_key(cluster)
+
+def _first(cluster: Cluster, now: datetime) -> _Held:
+    """What belongs to the cluster as a whole."""
+    if (install_by := _life(cluster, now).install_by) <= now:
+        raise BakeError(
+            f"installBy {install_by.isoformat()} has passed: the cluster would refuse every bootstrap token",
+            where=cluster.file,
+            remedy=f"write a later date as installBy, such as {(now + timedelta(days=90)).date()}, and bake again",
+        )
+    end = now + cluster.validity.ca
+    record = _Record(cluster.name, str(uuid.uuid4()), now.isoformat(), cluster.key_type, end.isoformat(), {})
+    return _Held(record, _mint_cluster(cluster, now), {}, {})
+
+
+def _complete(cluster: Cluster, held: _Held, now: datetime) -> _Held:
+    """With what machines lack. Those of which there was nothing begin now."""
+    keys = {
+        name: _new_key(cluster)
         for owner, spec in leaf_owners(cluster)
-        if (name := _key_file(owner, spec.name)) not in found
+        if (name := _key_file(owner, spec.name)) not in held.files
     }
-    tokens_minted = _mint_tokens(cluster, tokens)
-    ssh_minted = _mint_ssh(cluster, ssh)
-
-    if first:
-        _write(directory, _MARK, b"The first minting is under way; what is here now will be minted anew.\n")
-        _sync(directory)
-    for name, data in minted.items():
-        _write(directory, name, data)
-    if first or tokens_minted:
-        tokens |= tokens_minted
-        _write_json(directory, _TOKENS, {name: token.bearer for name, token in sorted(tokens.items())})
-    if ssh_minted:
-        ssh |= ssh_minted
-        shown = {name: {"private": key.private.decode(), "public": key.public} for name, key in sorted(ssh.items())}
-        _write_json(directory, _SSH, shown)
-    found |= minted
-    if minted or tokens_minted or ssh_minted:
-        for folder in sorted({(directory / name).parent for name in minted} | {directory / "keys", directory}):
-            _sync(folder)
-    if minted:
-        digests = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(found.items())}
-        _write_json(directory, _RECORD, asdict(replace(record, files=digests)))
-        _sync(directory)
-    (directory / _MARK).unlink(missing_ok=True)
-    return _secrets(cluster, record, install_by, found, tokens, ssh)
+    tokens = _mint_tokens(cluster, held.tokens)
+    known = {*held.tokens, *(Path(name).parent.name for name in held.files)}
+    later = {}
+    if held.record.time != now:
+        later = {owner: now.isoformat() for owner in (*tokens, *(Path(name).parent.name for name in keys))}
+    return _Held(
+        replace(held.record, later={**held.record.later, **{one: at for one, at in later.items() if one not in known}}),
+        {**held.files, **keys},
+        {**held.tokens, **tokens},
+        {**held.ssh, **_mint_ssh(cluster, held.ssh)},
+    )
 
 
-def _secrets(
-    cluster: Cluster,
-    record: _Record,
-    install_by: datetime,
-    found: Mapping[str, bytes],
-    tokens: Mapping[str, Token],
-    ssh: Mapping[str, SshHostKey],
-) -> Secrets:
-    """found: path in the store -> bytes."""
+def _rekey(directory: Path, cluster: Cluster, owners: Collection[str], now: datetime) -> Secrets:
+    held = _read_all(directory, cluster)
+    if held is None:
+        raise _nothing(directory)
+    _check_authorities(directory, cluster, held.record, now)
+    left = _Held(
+        replace(held.record, later={**held.record.later, **dict.fromkeys(owners, now.isoformat())}),
+        {name: data for name, data in held.files.items() if not _is_key_of(name, owners)},
+        {owner: token for owner, token in held.tokens.items() if owner not in owners},
+        {owner: key for owner, key in held.ssh.items() if owner not in owners},
+    )
+    whole = _complete(cluster, left, now)
+    _commit(directory, held, whole)
+    return _secrets(cluster, whole)
+
+
+def _secrets(cluster: Cluster, held: _Held) -> Secrets:
+    record, found, ssh = held.record, held.files, held.ssh
     named = {node.name for node in cluster.nodes}
     keys = {(owner, spec.name): _key_file(owner, spec.name) for owner, spec in leaf_owners(cluster)}
     return Secrets(
         cluster_id=record.id,
         minted=record.time,
-        install_by=install_by,
+        install_by=_life(cluster, record.time).install_by,
         authorities_end=record.end,
         authorities={
             spec.name: KeyPair(found[f"ca/{spec.name}.crt"], found[f"ca/{spec.name}.key"]) for spec in AUTHORITIES
@@ -243,32 +291,43 @@ def _secrets(
         signing=PlainPair(found["signing.key"], found["signing.pub"]),
         encryption_key=base64.b64decode(found["encryption.key"]),
         serial_seed=base64.b64decode(found["serial.seed"]),
-        tokens=tokens,
+        tokens=held.tokens,
         ssh_host_keys={name: key for name, key in ssh.items() if name in named} if cluster.bake_ssh_host_keys else {},
+        later={owner: _life(cluster, datetime.fromisoformat(at)) for owner, at in record.later.items()},
     )
+
+
+def _life(cluster: Cluster, minted: datetime) -> Life:
+    """A pure function of the cluster file and the time of minting."""
+    by = cluster.install_by
+    return Life(minted, minted + by if isinstance(by, timedelta) else _whole(by))
 
 
 def _key_file(owner: str, profile: str) -> str:
     return f"keys/{owner}/{profile}.key"
 
 
-def _resolve_install_by(cluster: Cluster, record: _Record, now: datetime) -> datetime:
-    """installBy, a pure function of the cluster file and the time of minting; an error when it has passed."""
-    by = cluster.install_by
-    install_by = record.time + by if isinstance(by, timedelta) else by.astimezone(UTC).replace(microsecond=0)
-    if install_by <= now:
-        how = f" ({record.minted}, when the store was minted, plus {by.days} days)" if isinstance(by, timedelta) else ""
-        raise BakeError(
-            f"installBy {install_by.isoformat()} has passed{how}: the cluster would refuse every bootstrap token",
-            where=cluster.file,
-            remedy="write a later date as installBy, such as "
-            f"{(now + timedelta(days=90)).date()}, and bake again; machines that have joined need nothing",
-        )
-    return install_by
+def _is_key_of(name: str, owners: Collection[str]) -> bool:
+    top, _, rest = name.partition("/")
+    return top == "keys" and rest.partition("/")[0] in owners
 
 
 def _check_lifetimes(directory: Path, cluster: Cluster, record: _Record, now: datetime) -> None:
     """An error when what would be issued has already run out, or CAs shall live otherwise than minted."""
+    _check_authorities(directory, cluster, record, now)
+    owners = dict.fromkeys(owner for owner, _ in leaf_owners(cluster))
+    ends = {owner: datetime.fromisoformat(record.later.get(owner, record.minted)) for owner in owners}
+    ended = {owner: at + cluster.validity.leaf for owner, at in ends.items() if at + cluster.validity.leaf <= now}
+    if ended:
+        words = " ".join(ADMIN_CONF if owner == DESK else owner for owner in ended)
+        raise BakeError(
+            f"the baked certificates of {words.replace(' ', ', ')} ended on {min(ended.values()).date()}",
+            where=directory,
+            remedy=f"doit rekey {words}",
+        )
+
+
+def _check_authorities(directory: Path, cluster: Cluster, record: _Record, now: datetime) -> None:
     if record.time + cluster.validity.ca != record.end:
         raise BakeError(
             f"this cluster's CAs were minted for {(record.end - record.time).days} days, the cluster file now says "
@@ -281,12 +340,6 @@ def _check_lifetimes(directory: Path, cluster: Cluster, record: _Record, now: da
             f"the authorities of this cluster ended on {record.end.date()}",
             where=directory,
             remedy=_ANEW.format(path=shlex.quote(str(directory))),
-        )
-    if record.time + cluster.validity.leaf <= now:
-        raise BakeError(
-            f"the baked certificates of this cluster ended on {(record.time + cluster.validity.leaf).date()}",
-            where=cluster.file,
-            remedy="give them a longer validity there, counted from minting; they are issued again from the same keys",
         )
 
 
@@ -354,13 +407,22 @@ def _text(data: bytes) -> bytes:
 # --- reading
 
 
+def _read_all(directory: Path, cluster: Cluster) -> _Held | None:
+    """None: nothing was minted yet."""
+    record = _read_record(directory, cluster)
+    if record is None:
+        return None
+    files = {name: _read_listed(directory, name, digest) for name, digest in record.files.items()}
+    return _Held(record, files, _read_tokens(directory), _read_ssh(directory))
+
+
 def _read_record(directory: Path, cluster: Cluster) -> _Record | None:
-    """cluster.json, or None when nothing was minted yet or the first minting was cut off."""
+    """cluster.json, or None when nothing was minted yet."""
     try:
         data = _read(directory, _RECORD)
     except FileNotFoundError:
         left = ("ca", "keys", _TOKENS, "service-account.key", "signing.key", "encryption.key", "serial.seed")
-        if not (directory / _MARK).exists() and any((directory / name).exists() for name in left):
+        if any((directory / name).exists() for name in left):
             raise _damage(directory, _RECORD, "is missing, though keys are there") from None
         return None
     try:
@@ -393,22 +455,6 @@ def _read_listed(directory: Path, name: str, digest: str) -> bytes:
         raise _damage(directory, name, "is missing") from None
     if hashlib.sha256(data).hexdigest() != digest:
         raise _damage(directory, name, "is damaged: it is not what was minted")
-    return data
-
-
-def _adopt(directory: Path, name: str, first: bool) -> bytes | None:
-    """A key that was minted for a new machine by a run that was cut off before it could list it."""
-    if first:
-        return None
-    from recipes.kit import pki
-
-    try:
-        data = _read(directory, name)
-        pki.load_key(data)
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError):
-        raise _damage(directory, name, "is damaged: it holds no private key") from None
     return data
 
 
@@ -499,9 +545,39 @@ def _read(directory: Path, name: str) -> bytes:
         return stream.read()
 
 
-def _write_json(directory: Path, name: str, content: object) -> None:
-    sealed = {"sha256": _digest(content), "content": content}
-    _write(directory, name, json.dumps(sealed, indent=1).encode() + b"\n")
+def _commit(directory: Path, before: _Held | None, whole: _Held) -> None:
+    """Makes the folder hold this: all of it or nothing, whenever this is cut off."""
+    if whole == before:
+        return
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(whole.files.items())}
+    there = before.files if before is not None else {}
+    changed = {name: data for name, data in whole.files.items() if there.get(name) != data}
+    changed[_TOKENS] = _sealed({name: token.bearer for name, token in sorted(whole.tokens.items())})
+    if whole.ssh:
+        ssh = {name: {"private": key.private.decode(), "public": key.public} for name, key in sorted(whole.ssh.items())}
+        changed[_SSH] = _sealed(ssh)
+    changed[_RECORD] = _sealed(asdict(replace(whole.record, files=digests)))
+    _write(directory, _JOURNAL, _sealed({name: data.decode() for name, data in changed.items()}))
+    _sync(directory)
+    _finish(directory)
+
+
+def _finish(directory: Path) -> None:
+    """Does what the journal says, if there is one."""
+    try:
+        told = _parse(directory, _JOURNAL, _read(directory, _JOURNAL))
+    except FileNotFoundError:
+        _temporary(directory / _JOURNAL).unlink(missing_ok=True)  # of one that was cut off before it held
+        return
+    for name, text in told.items():
+        _write(directory, name, text.encode())
+    for folder in sorted({(directory / name).parent for name in told} | {directory / "keys", directory}):
+        _sync(folder)
+    (directory / _JOURNAL).unlink()
+
+
+def _sealed(content: object) -> bytes:
+    return json.dumps({"sha256": _digest(content), "content": content}, indent=1).encode() + b"\n"
 
 
 def _write(directory: Path, name: str, data: bytes) -> None:
@@ -510,7 +586,7 @@ def _write(directory: Path, name: str, data: bytes) -> None:
     for folder in reversed([*path.relative_to(directory).parents][:-1]):
         (directory / folder).mkdir(mode=0o700, exist_ok=True)
         (directory / folder).chmod(0o700)
-    temporary = path.with_name(path.name + ".new")
+    temporary = _temporary(path)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "wb") as stream:
         os.fchmod(descriptor, 0o600)
@@ -518,6 +594,10 @@ def _write(directory: Path, name: str, data: bytes) -> None:
         stream.flush()
         os.fsync(descriptor)
     temporary.rename(path)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".new")
 
 
 def _sync(folder: Path) -> None:

@@ -82,10 +82,15 @@ def test_new_machines_get_theirs_and_the_rest_stays(directory: Path) -> None:
     assert second.tokens.items() > first.tokens.items()
     assert second.tokens.keys() - first.tokens.keys() == {"control-4", "worker-4"}
     assert second.leaf_keys.items() > first.leaf_keys.items()
-    assert replace(second, tokens=first.tokens, leaf_keys=first.leaf_keys) == first
+    assert replace(second, tokens=first.tokens, leaf_keys=first.leaf_keys, later={}) == first
+    # What is new begins when it was minted.
+    begun = first.minted + timedelta(days=1)
+    assert set(second.later) == {"control-4", "worker-4"}
+    assert second.life("worker-4") == (begun, begun + timedelta(days=90))
+    assert second.life("worker-1") == (first.minted, first.install_by)
     # A machine that leaves and returns is the same machine.
     store.open(directory, samples.ha(), now=NOW)
-    assert store.open(directory, with_new_machines(samples.ha()), now=NOW) == second
+    assert store.open(directory, with_new_machines(samples.ha()), now=NOW + timedelta(days=2)) == second
 
 
 def test_it_is_private_whatever_the_umask(directory: Path) -> None:
@@ -217,21 +222,22 @@ def test_install_by_follows_the_file_and_the_time_of_minting(directory: Path) ->
     assert dated.install_by == datetime(2028, 1, 1, tzinfo=UTC)
 
 
-def test_a_past_install_by_is_refused(directory: Path) -> None:
-    with pytest.raises(BakeError, match="2026-11-23T12:00:00"):
+def test_a_past_install_by_is_refused_where_nothing_was_minted(directory: Path) -> None:
+    with pytest.raises(BakeError, match="2026-11-23T12:00:00") as caught:
         store.open(directory, samples.ha(install_by=NOW), now=NOW)
+    assert "2027-02-21" in str(caught.value.remedy)
     assert not any(path.suffix == ".key" for path in directory.rglob("*"))
-    store.open(directory, samples.ha(), now=NOW)
-    with pytest.raises(BakeError, match="plus 90 days") as caught:
-        store.open(directory, samples.ha(), now=NOW + timedelta(days=90))
-    assert "2027-05-22" in str(caught.value.remedy)
+    minted = store.open(directory, samples.ha(), now=NOW)
+    assert store.open(directory, samples.ha(), now=NOW + timedelta(days=91)) == minted
 
 
 def test_certificates_that_ran_out_are_refused(directory: Path) -> None:
     cluster = samples.ha(install_by=datetime(2050, 1, 1, tzinfo=UTC))
     store.open(directory, cluster, now=NOW)
-    with pytest.raises(BakeError, match="baked certificates of this cluster ended on 2029-11-23"):
+    ended = r"baked certificates of control-1, control-2, control-3, admin\.conf ended on 2029-11-23"
+    with pytest.raises(BakeError, match=ended) as caught:
         store.open(directory, cluster, now=NOW + timedelta(days=1096))
+    assert caught.value.remedy == "doit rekey control-1 control-2 control-3 admin.conf"
     with pytest.raises(BakeError, match="authorities of this cluster ended on 2036-11-22"):
         store.open(directory, cluster, now=NOW + timedelta(days=3652))
 
@@ -291,8 +297,8 @@ def test_no_traceback_shows_a_secret(directory: Path, name: str) -> None:
     assert "PRIVATE" not in shown
 
 
-def killed_after(steps: int, directory: Path, cluster: Cluster) -> bool:
-    """Open the store in a child that SIGKILL ends at a step; whether it got that far.
+def killed_after(steps: int, directory: Path, cluster: Cluster, change: Callable[[], object] | None = None) -> bool:
+    """Open the store, or change it, in a child that SIGKILL ends at a step; whether it got that far.
 
     The steps: each write before it is synced and renamed, each folder's sync, the end.
     """
@@ -314,7 +320,7 @@ def killed_after(steps: int, directory: Path, cluster: Cluster) -> bool:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(os, "fsync", step)
                 patch.setattr(Path, "unlink", step_and_unlink)
-                store.open(directory, cluster, now=NOW)
+                change() if change else store.open(directory, cluster, now=NOW)
         finally:
             os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -334,7 +340,7 @@ def test_a_first_minting_that_is_killed_anywhere_continues(tmp_path: Path, unsyn
         killed = killed_after(steps, directory, cluster)
         secrets = store.open(directory, cluster, now=NOW)
         assert store.open(directory, cluster, now=NOW) == secrets
-        assert not [path for path in directory.rglob("*") if path.suffix == ".new" or path.name == "minting"]
+        assert not [path for path in directory.rglob("*") if path.suffix == ".new" or path.name == "journal"]
         if not killed:
             break
     assert steps > 30
@@ -353,16 +359,104 @@ def test_a_machine_whose_minting_is_killed_anywhere_continues(tmp_path: Path, un
         assert second.leaf_keys.items() > first.leaf_keys.items()
         assert second.tokens.items() > first.tokens.items()
         assert store.open(directory, larger, now=NOW) == second
-        assert not [path for path in directory.rglob("*") if path.suffix == ".new" or path.name == "minting"]
+        assert not [path for path in directory.rglob("*") if path.suffix == ".new" or path.name == "journal"]
         if not killed:
             break
     assert steps > 10
 
 
+LATER = NOW + timedelta(days=120)
+
+
+def test_rekeying_is_of_what_a_machine_alone_has(directory: Path) -> None:
+    cluster = samples.ha(bake_ssh_host_keys=True)
+    before = store.open(directory, cluster, now=NOW)
+    after = store.rekey(directory, cluster, ["control-2", "worker-3"], now=LATER)
+    begun = LATER.replace(microsecond=0)
+    assert after.later == {name: (begun, begun + timedelta(days=90)) for name in ("control-2", "worker-3")}
+    for kind in ("tokens", "ssh_host_keys"):
+        old, new = getattr(before, kind), getattr(after, kind)
+        assert {name for name in old if new[name] != old[name]} == {"control-2", "worker-3"}
+        assert old.keys() == new.keys()
+    assert {key for key in before.leaf_keys if after.leaf_keys[key] != before.leaf_keys[key]} == {
+        key for key in before.leaf_keys if key[0] == "control-2"
+    }
+    same = {kind: getattr(before, kind) for kind in ("tokens", "ssh_host_keys", "leaf_keys", "later")}
+    assert replace(after, **same) == before
+    # The same from then on, until it is asked for once more.
+    assert store.open(directory, cluster, now=LATER + timedelta(days=100)) == after
+    assert store.open(directory, cluster, now=LATER, mint=False) == after
+    again = store.rekey(directory, cluster, ["worker-3"], now=LATER)
+    assert again.tokens["worker-3"] != after.tokens["worker-3"] and again.later == after.later
+
+
+def test_the_desk_is_rekeyed_alone(directory: Path) -> None:
+    before = store.open(directory, samples.ha(), now=NOW)
+    after = store.rekey(directory, samples.ha(), [DESK], now=LATER)
+    assert {key for key in before.leaf_keys if after.leaf_keys[key] != before.leaf_keys[key]} == {(DESK, "admin")}
+    assert (after.tokens, set(after.later)) == (before.tokens, {DESK})
+
+
+def test_rekeying_takes_a_date_as_it_stands(directory: Path) -> None:
+    store.open(directory, samples.ha(), now=NOW)
+    date = datetime(2028, 1, 1, tzinfo=UTC)
+    after = store.rekey(directory, samples.ha(install_by=date), ["worker-1"], now=LATER)
+    assert after.life("worker-1").install_by == after.life("worker-2").install_by == date
+
+
+def test_what_ran_out_is_rekeyed(directory: Path) -> None:
+    cluster, late = samples.ha(), NOW + timedelta(days=1200)
+    store.open(directory, cluster, now=NOW)
+    store.rekey(directory, cluster, ["control-1", "control-2", "control-3"], now=late)
+    with pytest.raises(BakeError, match=r"certificates of admin\.conf ended on 2029-11-23"):
+        store.open(directory, cluster, now=late)
+    store.rekey(directory, cluster, [DESK], now=late)
+    store.open(directory, cluster, now=late)
+    with pytest.raises(BakeError, match="authorities of this cluster ended"):
+        store.rekey(directory, cluster, [DESK], now=NOW + timedelta(days=3652))
+
+
+def test_nothing_is_rekeyed_where_nothing_was_minted(directory: Path) -> None:
+    with pytest.raises(BakeError, match="nothing was minted"):
+        store.rekey(directory, samples.ha(), ["worker-1"], now=NOW)
+    assert not directory.exists()
+    directory.mkdir(mode=0o700)
+    with pytest.raises(BakeError, match="nothing was minted"):
+        store.rekey(directory, samples.ha(), ["worker-1"], now=NOW)
+
+
+def test_a_rekeying_that_is_killed_anywhere_is_whole_or_did_not_happen(tmp_path: Path, unsynced: None) -> None:
+    cluster, outcomes = samples.single(), set()
+    for steps in itertools.count():
+        directory = tmp_path / f"{steps}"
+        before = store.open(directory, cluster, now=NOW)
+        written = contents(directory)
+
+        def change(where: Path = directory) -> None:
+            store.rekey(where, cluster, ["only"], now=LATER)
+
+        killed = killed_after(steps, directory, cluster, change)
+        after = store.open(directory, cluster, now=LATER, mint=False)
+        assert not [path for path in directory.rglob("*") if path.name.startswith("journal")]
+        if after == before:
+            assert contents(directory).items() >= written.items()
+        else:
+            assert after.life("only").minted > before.minted and after.tokens["only"] != before.tokens["only"]
+            kept = {key for key in before.leaf_keys if after.leaf_keys[key] == before.leaf_keys[key]}
+            assert kept == {(DESK, "admin")}
+        assert store.open(directory, cluster, now=LATER) == after
+        outcomes.add(after == before)
+        if not killed:
+            break
+    assert outcomes == {True, False} and steps > 10
+
+
 def test_a_minting_that_is_under_way_is_not_taken_for_done(directory: Path) -> None:
     assert killed_after(20, directory, samples.ha())
-    assert (directory / "minting").exists()
+    assert (directory / "journal").exists()
     assert not (directory / "cluster.json").exists()
+    whole = store.open(directory, samples.ha(), now=NOW, mint=False)
+    assert whole == store.open(directory, samples.ha(), now=NOW + timedelta(days=9))
 
 
 def test_other_files_may_lie_there_first(directory: Path) -> None:

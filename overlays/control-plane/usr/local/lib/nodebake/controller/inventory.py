@@ -38,6 +38,7 @@ class Kubelet:
     role: str
     addresses: frozenset[str]
     token_id: str
+    install_by: datetime
     labels: Mapping[str, str]  # every label that its Node shall have
     denied: bool
 
@@ -46,7 +47,6 @@ class Kubelet:
 class Inventory:
     generation: int
     approval: Literal["inventory", "group"]
-    install_by: datetime
     kubelets: Mapping[str, Kubelet]  # by name
     by_token: Mapping[str, Kubelet]  # by token id
     document: bytes = field(repr=False)  # as it came, JSON
@@ -81,14 +81,10 @@ def parse(document: bytes) -> Inventory:
     approval = told["approval"]
     if approval not in ("inventory", "group"):
         raise ValueError(f"approval is {approval!r}")
-    install_by = datetime.fromisoformat(told["installBy"])
-    if install_by.tzinfo is None:
-        raise ValueError("installBy has no time zone")
-    kubelets = [_kubelet(one) for one in told["kubelets"]]
+    kubelets = [_kubelet({"installBy": told["installBy"], **one}) for one in told["kubelets"]]
     return Inventory(
         generation=int(told["generation"]),
         approval="group" if approval == "group" else "inventory",
-        install_by=install_by,
         kubelets={kubelet.name: kubelet for kubelet in kubelets},
         by_token={kubelet.token_id: kubelet for kubelet in kubelets},
         document=document,
@@ -96,6 +92,9 @@ def parse(document: bytes) -> Inventory:
 
 
 def _kubelet(one: Json) -> Kubelet:
+    install_by = datetime.fromisoformat(one["installBy"])
+    if install_by.tzinfo is None:
+        raise ValueError("installBy has no time zone")
     labels = dict(one["labels"]) | {f"{ROLE}{one['role']}": ""}
     if one["storage"] is not None:
         labels[STORAGE] = one["storage"]
@@ -104,6 +103,7 @@ def _kubelet(one: Json) -> Kubelet:
         role=one["role"],
         addresses=frozenset(one["addresses"]),
         token_id=one["tokenId"],
+        install_by=install_by,
         labels=labels,
         denied=bool(one["denied"]),
     )

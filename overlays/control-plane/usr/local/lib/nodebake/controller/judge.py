@@ -102,7 +102,7 @@ def judge(request: Request, inventory: Inventory, now: datetime) -> Verdict:
             " with it and apply that",
         )
     flaw = (
-        (_flaw_of_token(request, inventory, kubelet, now) if token_id is not None else _flaw_of_node(request))
+        (_flaw_of_token(request, kubelet, now) if token_id is not None else _flaw_of_node(request))
         or (f"{kubelet.name} is denied" if kubelet.denied else None)
         or _flaw_of_usages(request.usages, "client auth" if client else "server auth")
     )
@@ -123,13 +123,13 @@ def _behind(prefix: str, text: str) -> str | None:
     return text.removeprefix(prefix) if text.startswith(prefix) else None
 
 
-def _flaw_of_token(request: Request, inventory: Inventory, kubelet: Kubelet, now: datetime) -> str | None:
+def _flaw_of_token(request: Request, kubelet: Kubelet, now: datetime) -> str | None:
     if request.signer != CLIENT:
         return "a bootstrap token may ask for a client certificate only"
     if "system:bootstrappers" not in request.groups:
         return "who asks is not in the group system:bootstrappers"
-    if now >= inventory.install_by:
-        return f"{kubelet.name} was to be installed by {inventory.install_by.isoformat()}"
+    if now >= kubelet.install_by:
+        return f"{kubelet.name} was to be installed by {kubelet.install_by.isoformat()}"
     return None
 
 

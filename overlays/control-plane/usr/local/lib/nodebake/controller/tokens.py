@@ -2,7 +2,8 @@
 
 A token is needed until its Node is there and Ready, and from when that Node is deleted, which is how a reinstall
 begins. It is retired only some time after Ready, so that a kubelet that loses power right after it joined, and with
-that what its disk had not got yet, can still fetch the certificate that it was given.
+that what its disk had not got yet, can still fetch the certificate that it was given. One whose machine has another by
+now goes at once.
 
 Secrets are created, never overwritten: the annotation with the first key lies on them. Only names come here, what is in
 the cluster's Secrets does not.
@@ -17,15 +18,17 @@ from datetime import UTC, datetime
 
 from controller.api import Api, Json, Refused
 from controller.approve import FIRST_KEY
-from controller.inventory import NAMESPACE, NODES, Artifact, Inventory, Kubelet
+from controller.inventory import NAME, NAMESPACE, NODES, Artifact, Inventory, Kubelet, published
 from controller.labels import Seen
 from controller.log import say
 from controller.mirror import Mirror
+from controller.objects import CONFIG_MAPS
 from controller.work import Work
 
 SECRETS = f"/api/v1/namespaces/{NAMESPACE}/secrets"
 PREFIX = "bootstrap-token-"
 TYPE = {"fieldSelector": "type=bootstrap.kubernetes.io/token"}
+MACHINE = "nodebake.local/machine"  # the label
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +38,13 @@ class Token:
     uid: str
     created: str  # RFC 3339, UTC
     first: str  # the key that it first asked with, "" before anybody has
+    machine: str  # whose it is, "" where the artifact did not say
 
 
 def keep(item: Json) -> Token:
     metadata = item["metadata"]
-    return Token(metadata["uid"], metadata["creationTimestamp"], metadata.get("annotations", {}).get(FIRST_KEY, ""))
+    first = metadata.get("annotations", {}).get(FIRST_KEY, "")
+    return Token(metadata["uid"], metadata["creationTimestamp"], first, metadata.get("labels", {}).get(MACHINE, ""))
 
 
 class Tokens:
@@ -58,6 +63,7 @@ class Tokens:
         self._ready: dict[str, float] = {}  # Node -> since when, monotonic
         self._first_seen: dict[str, tuple[str, float]] = {}  # Secret -> its first key, since when, monotonic
         self._deleted: dict[str, str] = {}  # Node -> when the one that was deleted had been created
+        self._of: dict[str, set[str]] = {}  # machine -> its Secrets
 
     def node_changed(self, name: str, before: Seen | None, after: Seen | None) -> None:
         if before is not None and (after is None or after.uid != before.uid):
@@ -73,10 +79,16 @@ class Tokens:
         first = after.first if after is not None else ""
         if self._first_seen.get(name, ("", 0.0))[0] != first:
             self._first_seen[name] = (first, time.monotonic())
+        if before is not None:
+            self._of[before.machine].discard(name)
+        if after is not None:
+            self._of.setdefault(after.machine, set()).add(name)
         inventory = self._inventory()
         kubelet = inventory.by_token.get(name.removeprefix(PREFIX)) if inventory is not None else None
         if kubelet is not None:
             self.work.add(kubelet.name)
+        elif after is not None and after.machine:
+            self.work.add(after.machine)
 
     def held_for(self, token_id: str, first: str) -> float:
         """Seconds for which this control plane has known that key as the token's first one. No clock is compared with
@@ -91,10 +103,13 @@ class Tokens:
         kubelet = inventory.kubelets.get(name)
         if kubelet is None:
             return None
-        secret, node = secrets.get(PREFIX + kubelet.token_id), nodes.get(name)
+        own = PREFIX + kubelet.token_id
+        for other in self._of.get(name, set()) - {own}:
+            self._forget(other, secrets.get(other), name, inventory)
+        secret, node = secrets.get(own), nodes.get(name)
         if secret is None:
             if node is None and not kubelet.denied:
-                self._bring(kubelet, inventory)
+                self._bring(kubelet)
             return None
         if kubelet.denied:
             self._delete(kubelet, secret, "it is denied")
@@ -108,11 +123,11 @@ class Tokens:
             self._delete(kubelet, secret, "it has joined")
         return None
 
-    def _bring(self, kubelet: Kubelet, inventory: Inventory) -> None:
+    def _bring(self, kubelet: Kubelet) -> None:
         artifact = self._artifact()
         secret = artifact.tokens.get(kubelet.token_id) if artifact is not None else None
         now = datetime.now(UTC)
-        if secret is None or now >= inventory.install_by:
+        if secret is None or now >= kubelet.install_by:
             return
         if now >= datetime.fromisoformat(secret["stringData"]["expiration"]):
             return  # of an older artifact than the cluster's: it would be cleaned away at once, again and again
@@ -130,13 +145,22 @@ class Tokens:
         else:
             say(f"token {kubelet.token_id} of {kubelet.name}: brought, until {secret['stringData']['expiration']}")
 
+    def _forget(self, name: str, secret: Token | None, machine: str, inventory: Inventory) -> None:
+        """A Secret that this inventory does not know. A newer one might, and would be in the cluster by now."""
+        held = published(self._api.call("GET", f"{CONFIG_MAPS}/{NAME}"))
+        if secret is not None and held.generation == inventory.generation:
+            self._delete_secret(name, secret, machine, "that machine has another")
+
     def _delete(self, kubelet: Kubelet, secret: Token, why: str) -> None:
+        self._delete_secret(PREFIX + kubelet.token_id, secret, kubelet.name, why)
+
+    def _delete_secret(self, name: str, secret: Token, machine: str, why: str) -> None:
         """The very Secret that was looked at, not one that came after it."""
         options = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": secret.uid}}
         try:
-            self._api.call("DELETE", f"{SECRETS}/{PREFIX}{kubelet.token_id}", options)
+            self._api.call("DELETE", f"{SECRETS}/{name}", options)
         except Refused as refused:
             if refused.code not in (404, 409):
                 raise
         else:
-            say(f"token {kubelet.token_id} of {kubelet.name}: deleted, for {why}")
+            say(f"token {name.removeprefix(PREFIX)} of {machine}: deleted, for {why}")
