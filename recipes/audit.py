@@ -174,7 +174,8 @@ class Audit:
 
 
 def _known(cluster: Cluster, secrets: Secrets) -> Known[Secret]:
-    numbers = {secrets.encryption_key: Secret(_ENCRYPTION), secrets.serial_seed: Secret(_SERIALS)}
+    numbers = {key: Secret(_ENCRYPTION) for key in secrets.encryption_keys.values()}
+    numbers[secrets.serial_seed] = Secret(_SERIALS)
     keys = {
         secrets.signing.private_pem: Secret(_MANIFESTS),
         secrets.service_account.private_pem: Secret(_SERVICE_ACCOUNT),

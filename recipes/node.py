@@ -118,11 +118,12 @@ def _control_plane(cluster: Cluster, secrets: store.Secrets, image: Mapping[str,
     # The inventory says of what objects it is: files are put in place one after the other.
     digests = {PurePosixPath(file.path).name: archive.entry_of(file).sha256 for file in applied}
     document = {**inventory_document(cluster, secrets, generation), "objects": digests}
+    keys = {number: secrets.encryption_keys[number] for number in cluster.encryption_keys}
     inventory = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return [
         File(
             "/etc/kubernetes/encryption.yaml",
-            data=objects.document([objects.encryption_configuration(secrets.encryption_key)]),
+            data=objects.document([objects.encryption_configuration(keys)]),
             mode=0o600,
         ),
         *applied,

@@ -70,21 +70,25 @@ def json_list(objects: Sequence[Object]) -> bytes:
     return json.dumps({"apiVersion": "v1", "kind": "List", "items": objects}, separators=(",", ":")).encode() + b"\n"
 
 
-def encryption_configuration(key: bytes) -> Object:
+def encryption_configuration(keys: Mapping[int, bytes]) -> Object:
     """Secrets are encrypted before they reach etcd (XSalsa20-Poly1305); what was written in the clear stays readable.
 
-    key: 32 bytes. AES-GCM would need a new key after 200,000 writes, AES-CBC is not authenticated.
+    keys: by number, 32 bytes each; the first one writes. AES-GCM would need a new key after 200,000 writes, AES-CBC is
+    not authenticated.
     """
-    if len(key) != 32:
-        raise ValueError(f"secretbox takes a key of 32 bytes, not {len(key)}")
-    encoded = base64.b64encode(key).decode()
+    named = []
+    for number, key in keys.items():
+        if len(key) != 32:
+            raise ValueError(f"secretbox takes a key of 32 bytes, not {len(key)}")
+        name = "baked" if number == 1 else f"baked-{number}"
+        named.append({"name": name, "secret": base64.b64encode(key).decode()})
     return {
         "apiVersion": "apiserver.config.k8s.io/v1",
         "kind": "EncryptionConfiguration",
         "resources": [
             {
                 "resources": ["secrets"],
-                "providers": [{"secretbox": {"keys": [{"name": "baked", "secret": encoded}]}}, {"identity": {}}],
+                "providers": [{"secretbox": {"keys": named}}, {"identity": {}}],
             }
         ],
     }

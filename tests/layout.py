@@ -66,14 +66,15 @@ class Layout:
         if node.runs_kubelet:
             files.append(tokens.bootstrap_kubeconfig(cluster, node, secrets))
         if node.role == "control-plane":
-            encryption = objects.document([objects.encryption_configuration(secrets.encryption_key)])
+            keys = {number: secrets.encryption_keys[number] for number in cluster.encryption_keys}
+            encryption = objects.document([objects.encryption_configuration(keys)])
             files.append(File("/etc/kubernetes/encryption.yaml", data=encryption, mode=0o600))
         for file in files:
             if file.data is not None:
                 self._put(file)
         for unit in self.path("/etc/systemd/system").glob("*.service"):
             for name, source in re.findall(r"^LoadCredential=(.*):(.*)$", unit.read_text(), re.MULTILINE):
-                self._put(File(f"/run/credentials/{unit.name}/{name}", data=Path(source).read_bytes(), mode=0o400))
+                self._put(File(f"/run/credentials/{unit.name}/{name}", data=Path(source).read_bytes(), mode=0o600))
         for folder in ("var/lib", "var/log/kubernetes", "run/kube-apiserver", "var/lib/etcd"):
             (root / folder).mkdir(parents=True, exist_ok=True, mode=0o700)
 

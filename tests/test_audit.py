@@ -90,7 +90,7 @@ def values(minted: store.Secrets) -> dict[str, bytes]:
     return found | {
         "service account": pki.private_number(minted.service_account.private_pem),
         "signing": pki.private_number(minted.signing.private_pem),
-        "encryption": minted.encryption_key,
+        "encryption": minted.encryption_keys[1],
         "serials": minted.serial_seed,
         "password": PASSWORD.encode(),
     }
@@ -296,7 +296,7 @@ def test_every_secret_is_found_wherever_it_is_hidden(ha: Desk, where: str) -> No
         "front-proxy CA's key": minted.authorities["front-proxy"].key_pem,
         "key that signs manifests": minted.signing.private_pem,
         "service accounts' key": minted.service_account.private_pem,
-        "encryption key of Secrets": base64.b64encode(minted.encryption_key),
+        "encryption key of Secrets": base64.b64encode(minted.encryption_keys[1]),
         "seed of serial numbers": base64.b64encode(minted.serial_seed),
         "admin's key": certificates.admin_conf(ha.cluster, minted),
         "bootstrap token of worker-1": f"token: {minted.tokens['worker-1'].bearer}".encode(),

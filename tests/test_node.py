@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import tarfile
 from dataclasses import replace
@@ -44,10 +45,20 @@ def test_a_worker_carries_no_long_lived_secret(cluster: Cluster, minted: store.S
         assert not [path for path in files if path.endswith(forbidden)]
 
 
+def test_encryption_keys_stand_in_the_order_of_the_cluster_file(cluster: Cluster, tmp_path: Path) -> None:
+    rotated = replace(cluster, encryption_keys=(2, 1))
+    minted = artifacts.secrets(tmp_path, rotated)
+    text = (identity(rotated, "control-1", minted)["/etc/kubernetes/encryption.yaml"].data or b"").decode()
+    told = [text.index(base64.b64encode(minted.encryption_keys[number]).decode()) for number in (2, 1)]
+    assert told == sorted(told)
+    assert rotated.shared == cluster.shared, "no payload and no worker is baked anew"
+
+
 def test_a_control_plane_has_what_the_cluster_is_started_from(cluster: Cluster, minted: store.Secrets) -> None:
     files = identity(cluster, "control-1", minted)
     encryption = files["/etc/kubernetes/encryption.yaml"]
     assert (encryption.mode, encryption.owner) == (0o600, "root")
+    assert (encryption.data or b"").count(b"secret: ") == 1
     tokens = files["/etc/nodebake/objects/90-tokens.yaml"]
     rights = files["/etc/nodebake/objects/00-rights.yaml"]
     assert (rights.mode, rights.owner) == (0o600, "nodebake")

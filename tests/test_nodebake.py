@@ -864,8 +864,8 @@ def needles(baked: Baked) -> dict[str, bytes]:
         )
     for node, token in secrets.tokens.items():
         found[f"token {node}"] = token.secret.encode()
-    found["encryption key"] = base64.b64encode(secrets.encryption_key)
-    found["encryption key, raw"] = secrets.encryption_key
+    found["encryption key"] = base64.b64encode(secrets.encryption_keys[1])
+    found["encryption key, raw"] = secrets.encryption_keys[1]
     found["serial seed"] = base64.b64encode(secrets.serial_seed)
     found["registry's password"] = PASSWORD.encode()
     return found
@@ -908,7 +908,7 @@ def confessions(baked: Baked) -> str:
     other = secrets.service_account.private_pem.decode()
     body = key.splitlines()
     token = secrets.tokens["worker-2"]
-    encryption = base64.b64encode(secrets.encryption_key).decode()
+    encryption = base64.b64encode(secrets.encryption_keys[1]).decode()
     pair = base64.b64encode(f"user:{PASSWORD}".encode()).decode()
     prefixed = "".join(f"2026-12-01T10:00:00+0000 x kubelet[7]: {line}\n" for line in other.splitlines())
     return "\n".join(

@@ -167,12 +167,14 @@ def test_storage() -> None:
 
 
 def test_encryption_at_rest() -> None:
-    made = objects.encryption_configuration(bytes(range(32)))
+    first, second = bytes(range(32)), bytes(range(32, 64))
+    made = objects.encryption_configuration({2: second, 1: first})
     secretbox, identity = made["resources"][0]["providers"]
-    assert base64.b64decode(secretbox["secretbox"]["keys"][0]["secret"]) == bytes(range(32))
+    told = [(key["name"], base64.b64decode(key["secret"])) for key in secretbox["secretbox"]["keys"]]
+    assert told == [("baked-2", second), ("baked", first)], "the first one writes"
     assert identity == {"identity": {}}
     with pytest.raises(ValueError, match="32 bytes"):
-        objects.encryption_configuration(b"short")
+        objects.encryption_configuration({1: b"short"})
 
 
 # ---- extraObjects

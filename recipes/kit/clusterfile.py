@@ -288,6 +288,11 @@ class ClusterFile(Shape):
     validity: ValidityShape = Field(
         default_factory=ValidityShape, description="Certificates' lifetimes, in days or weeks"
     )
+    encryption_keys: list[Annotated[int, Field(ge=1, le=999)]] = Field(
+        default=[1],
+        min_length=1,
+        description="Keys of Secrets in etcd, by number: the first writes, all read",
+    )
     approval: Approval = Field(
         default="inventory", description="inventory: what was baked is approved; group: whoever holds a token"
     )

@@ -179,6 +179,7 @@ class _Rules:
         base_images = tuple(self._base_images(shape, [one.node for one in made]))
         objects = tuple(self._files(shape.extra_objects, "extraObjects"))
         self._no_twice(shape.storage_classes, "storageClasses")
+        self._no_twice(shape.encryption_keys, "encryptionKeys")
         if shape.pod_network == "none" and not shape.extra_objects and self.document.whole("extraObjects"):
             self.warn("podNetwork: none without extraObjects: nodes stay NotReady until a pod network is installed")
         if self.errors:
@@ -206,6 +207,7 @@ class _Rules:
             key_type=shape.key_type,
             validity=Validity(shape.validity.ca, shape.validity.leaf, shape.validity.kubelet),
             install_by=shape.install_by,
+            encryption_keys=tuple(shape.encryption_keys),
             approval=shape.approval,
             swap=shape.swap,
             bake_ssh_host_keys=shape.ssh_host_keys == "baked",
@@ -812,7 +814,7 @@ class _Rules:
     def _resolved(self, text: str) -> Path:
         return Path(os.path.abspath(self.document.file.parent / text))  # noqa: PTH100 (a link stays a link)
 
-    def _no_twice(self, values: Sequence[str], key: str) -> None:
+    def _no_twice(self, values: Sequence[str | int], key: str) -> None:
         for twice in _twice(values):
             at = [i for i, value in enumerate(values) if value == twice][1]
             self.refuse(f"{key}: {twice} stands twice", "Remove one of the two.", key, at)

@@ -229,6 +229,7 @@ class Cluster:
     key_type: KeyType = "ecdsa-p256"
     validity: Validity = Validity()
     install_by: datetime | timedelta = timedelta(days=90)  # a moment (UTC), or from minting
+    encryption_keys: tuple[int, ...] = (1,)  # of Secrets in etcd, by number: the first writes, all read
     approval: Approval = "inventory"
     swap: Literal["refuse", "off"] = "refuse"
     bake_ssh_host_keys: bool = False
@@ -295,6 +296,7 @@ class Cluster:
             base_images=(),
             extra_objects=(),
             storage_classes=(),
+            encryption_keys=(),
             warnings=(),
         )
 

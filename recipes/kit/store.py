@@ -7,7 +7,7 @@
       keys/<node>/<profile>.key        private keys of the baked certificates (keys/_desk: admin.conf's)
       service-account.key, .pub        signs service account tokens
       signing.key, .pub                signs the artifacts' manifests
-      encryption.key                   encrypts Secrets in etcd (32 bytes, base64)
+      encryption.key                   encrypts Secrets in etcd (32 bytes, base64); from the second on: encryption-2.key
       serial.seed                      certificates' serial numbers come from it (32 bytes, base64)
       tokens.json                      node -> bootstrap token
       ssh-host-keys.json               node -> SSH host key, only where the cluster file asks for baked ones
@@ -24,6 +24,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import secrets as random
 import shlex
 import stat
@@ -46,6 +47,7 @@ _RECORD = "cluster.json"
 _JOURNAL = "journal"
 _TOKENS = "tokens.json"
 _SSH = "ssh-host-keys.json"
+_ENCRYPTION = re.compile(r"encryption(?:-(\d+))?\.key")
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
@@ -98,7 +100,7 @@ class Secrets:
     leaf_keys: Mapping[tuple[str, str], bytes] = field(repr=False)  # (node or profiles.DESK, profile) -> PEM
     service_account: PlainPair = field(repr=False)
     signing: PlainPair = field(repr=False)
-    encryption_key: bytes = field(repr=False)  # 32 bytes
+    encryption_keys: Mapping[int, bytes] = field(repr=False)  # by number, 32 bytes each; those of earlier days included
     serial_seed: bytes = field(repr=False)  # 32 bytes
     tokens: Mapping[str, Token] = field(repr=False)  # by node; machines that were removed from the file included
     ssh_host_keys: Mapping[str, SshHostKey] = field(repr=False)  # by node; empty unless the cluster bakes them
@@ -245,6 +247,11 @@ def _complete(cluster: Cluster, held: _Held, now: datetime) -> _Held:
         for owner, spec in leaf_owners(cluster)
         if (name := _key_file(owner, spec.name)) not in held.files
     }
+    encryption = {
+        name: _text(random.token_bytes(32))
+        for name in map(_encryption_file, cluster.encryption_keys)
+        if name not in held.files
+    }
     tokens = _mint_tokens(cluster, held.tokens)
     known = {*held.tokens, *(Path(name).parent.name for name in held.files)}
     later = {}
@@ -252,7 +259,7 @@ def _complete(cluster: Cluster, held: _Held, now: datetime) -> _Held:
         later = {owner: now.isoformat() for owner in (*tokens, *(Path(name).parent.name for name in keys))}
     return _Held(
         replace(held.record, later={**held.record.later, **{one: at for one, at in later.items() if one not in known}}),
-        {**held.files, **keys},
+        {**held.files, **keys, **encryption},
         {**held.tokens, **tokens},
         {**held.ssh, **_mint_ssh(cluster, held.ssh)},
     )
@@ -289,7 +296,11 @@ def _secrets(cluster: Cluster, held: _Held) -> Secrets:
         leaf_keys={key: found[name] for key, name in keys.items() if name in found},
         service_account=PlainPair(found["service-account.key"], found["service-account.pub"]),
         signing=PlainPair(found["signing.key"], found["signing.pub"]),
-        encryption_key=base64.b64decode(found["encryption.key"]),
+        encryption_keys={
+            int(name[1] or 1): base64.b64decode(data)
+            for file, data in found.items()
+            if (name := _ENCRYPTION.fullmatch(file))
+        },
         serial_seed=base64.b64decode(found["serial.seed"]),
         tokens=held.tokens,
         ssh_host_keys={name: key for name, key in ssh.items() if name in named} if cluster.bake_ssh_host_keys else {},
@@ -301,6 +312,10 @@ def _life(cluster: Cluster, minted: datetime) -> Life:
     """A pure function of the cluster file and the time of minting."""
     by = cluster.install_by
     return Life(minted, minted + by if isinstance(by, timedelta) else _whole(by))
+
+
+def _encryption_file(number: int) -> str:
+    return "encryption.key" if number == 1 else f"encryption-{number}.key"
 
 
 def _key_file(owner: str, profile: str) -> str:

@@ -224,6 +224,7 @@ RULES: dict[str, tuple[str, int, int, str, str]] = {
         "u stands twice",
         "Remove",
     ),
+    "encryption key twice": ("encryptionKeys: [1, 2, 1]", 8, 24, "encryptionKeys: 1 stands twice", "Remove"),
     "user without a password file": ("registries: [{host: r.x, username: u}]", 8, 36, "without passwordFile", "path"),
     "missing CA": ("registries: [{host: r.x, ca: ca.pem}]", 8, 30, "no file ca.pem", "relative to the cluster file"),
     "CA that is none": ("registries: [{host: r.x, ca: c.yaml}]", 8, 30, "no PEM certificate", "PEM"),

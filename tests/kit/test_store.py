@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -53,7 +53,7 @@ def test_everything_that_the_cluster_needs_is_minted(directory: Path) -> None:
     wanted = {(owner, spec.name) for owner in owners for spec in PROFILES if spec.name != "admin"} | {(DESK, "admin")}
     assert set(secrets.leaf_keys) == wanted
     assert len(set(secrets.leaf_keys.values())) == len(wanted)
-    assert len(secrets.encryption_key) == len(secrets.serial_seed) == 32
+    assert len(secrets.encryption_keys[1]) == len(secrets.serial_seed) == 32
     assert set(secrets.tokens) == {*owners, "worker-1", "worker-2", "worker-3"}
     assert secrets.ssh_host_keys == {}
     assert pki.public_pem(secrets.service_account.private_pem) == secrets.service_account.public_pem
@@ -257,6 +257,19 @@ def test_ssh_host_keys_are_minted_by_choice_and_once(directory: Path) -> None:
     assert keys["worker-1"].public.endswith(" root@worker-1")
 
 
+def test_encryption_keys_are_minted_by_number_and_stay(directory: Path) -> None:
+    def keys(*numbers: int) -> Mapping[int, bytes]:
+        return store.open(directory, replace(samples.ha(), encryption_keys=numbers), now=NOW).encryption_keys
+
+    [first] = keys(1).values()
+    both = keys(2, 1)
+    assert both[1] == first != both[2] and len(both[2]) == 32
+    assert keys(2) == both, "for backups of what the old one wrote"
+    (directory / "encryption-2.key").unlink()
+    with pytest.raises(BakeError, match=r"encryption-2\.key in the secret store is missing"):
+        keys(2)
+
+
 def test_openssl_verifies_what_was_signed(directory: Path, tmp_path: Path) -> None:
     secrets = store.open(directory, samples.ha(key_type="ecdsa-p384"), now=NOW)
     data, signature, public = (tmp_path / name for name in ("data", "signature", "public"))
@@ -279,7 +292,7 @@ def test_no_repr_shows_a_secret(directory: Path) -> None:
     parts = [secrets, secrets.service_account, secrets.signing, dict(secrets.authorities), dict(secrets.tokens)]
     shown = "".join(f"{part!r}{part}" for part in [*parts, dict(secrets.ssh_host_keys)])
     assert "PRIVATE" not in shown
-    assert str(secrets.encryption_key) not in shown
+    assert str(secrets.encryption_keys[1]) not in shown
     assert not any(token.secret in shown for token in secrets.tokens.values())
     assert secrets.cluster_id in shown
 
