@@ -148,11 +148,15 @@ def _object(
     return {"apiVersion": api, "kind": kind, "metadata": metadata, **fields}
 
 
+_QUIET = ("kube-node-lease", "kube-public")  # nobody runs anything there
+
+
 def _namespaces() -> list[Object]:
     """What PodSecurity demands, where one looks for it; other namespaces get the API server's default, baseline."""
     level = "pod-security.kubernetes.io/"
     return [
         _object("v1", "Namespace", "kube-system", labels={f"{level}enforce": "privileged"}),
+        *(_object("v1", "Namespace", name, labels={f"{level}enforce": "restricted"}) for name in _QUIET),
         _object(
             "v1",
             "Namespace",

@@ -305,3 +305,5 @@ def test_kube_system_may_run_what_nodes_need() -> None:
     made = named(samples.ha())
     assert _labels(made["Namespace", "kube-system"])["pod-security.kubernetes.io/enforce"] == "privileged"
     assert _labels(made["Namespace", "default"])["pod-security.kubernetes.io/enforce"] == "baseline"
+    for quiet in ("kube-public", "kube-node-lease"):
+        assert _labels(made["Namespace", quiet])["pod-security.kubernetes.io/enforce"] == "restricted"
