@@ -90,6 +90,13 @@ def bake(folder: Path, parts: artifacts.Parts, cluster: Cluster, node: Node, min
     return tarball
 
 
+def renewal(folder: Path, parts: artifacts.Parts, cluster: Cluster, node: Node) -> Path:
+    """What renews a machine that was baked in this folder: rekeyed, without the payload."""
+    secrets = store.rekey(folder / "secrets", cluster, [node.name], now=NOW)
+    _, tarball = artifacts.bake(folder / "renewal", cluster, replace(node, media="thin"), parts, secrets)
+    return tarball
+
+
 @pytest.fixture(scope="module")
 def tarballs(tmp_path_factory: pytest.TempPathFactory, parts: artifacts.Parts) -> dict[str, Path]:
     """Of worker-1 and control-1: what the sample cluster gives; and what was baked at other times or for others."""
@@ -99,6 +106,7 @@ def tarballs(tmp_path_factory: pytest.TempPathFactory, parts: artifacts.Parts) -
     return {
         "worker": bake(folder / "now", parts, cluster, worker),
         "control-plane": bake(folder / "now", parts, cluster, cluster.control_planes[0]),
+        "renewal": renewal(folder / "now", parts, cluster, worker),
         "tomorrow": bake(folder / "tomorrow", parts, cluster, worker, NOW + timedelta(days=1)),
         "last year": bake(folder / "past", parts, cluster, worker, NOW - timedelta(days=365)),
         "with a serial": bake(folder / "serial", parts, cluster, replace(worker, serial="CZ1900AA01")),
@@ -342,6 +350,22 @@ def test_a_wrong_artifact_leaves_an_installed_machine_as_it_is(
     assert done.returncode == code, done.stdout + done.stderr
     assert installed.files() == before
     assert installed.path("/var/lib/nodebake/installed").exists()
+
+
+def test_a_renewal_changes_the_identity_and_restarts_the_units(installed: Machine, tarballs: dict[str, Path]) -> None:
+    config, program = "/etc/kubernetes/bootstrap-kubelet.conf", "/opt/nodebake/current/bin/kubelet"
+    old = installed.path(config).read_text()
+    inode = installed.path(program).stat().st_ino
+    shutil.copy(tarballs["renewal"], installed.path("/medium/node.tar.gz"))
+    installed.path("/var/lib/nodebake/systemctl.log").unlink()
+    said = until_it_waits(installed)
+    assert "taking the payload that this machine has" in said
+    assert installed.path(config).read_text() != old and installed.path(program).stat().st_ino == inode
+    assert (installed.path(config).stat().st_mode & 0o777, installed.path(config).stat().st_nlink) == (0o600, 1)
+    told = installed.path("/var/lib/nodebake/systemctl.log").read_text()
+    assert "--no-block restart" in told and "kubelet.service" in told and "stop" not in told
+    steps = [tuple(line.split(" ", 3)[1:3]) for line in installed.journal.splitlines()]
+    assert ("place", "done") in steps[steps.index(("place", "done")) + 1 :], "placed twice"
 
 
 def test_a_machine_that_has_joined_takes_what_was_to_be_installed_by_then(

@@ -6,6 +6,7 @@ import base64
 import json
 import tarfile
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,30 @@ def test_the_manifest_names_machine_and_payload(cluster: Cluster, minted: store.
     listed = {f"/{line[66:]}" for line in sums.splitlines()}
     unlisted = {path for path in files if path not in listed}
     assert unlisted == {f"/opt/nodebake/manifest/node.SHA256SUMS{end}" for end in ("", ".sig")}
+
+
+def test_the_time_to_install_is_told_everywhere_alike(cluster: Cluster, tmp_path: Path) -> None:
+    """To the desk and to `nodebake status` by the manifest, to first boot, and to the cluster with each token."""
+    artifacts.secrets(tmp_path, cluster)
+    late = artifacts.NOW + timedelta(days=120)
+    secrets = store.rekey(tmp_path / "ha.secrets", cluster, ["worker-2"], now=late)
+    plane = identity(cluster, "control-1", secrets)
+    brought = {
+        item["metadata"]["labels"]["nodebake.local/machine"]: item["stringData"]["expiration"]
+        for item in json.loads(plane["/etc/nodebake/objects/90-tokens.yaml"].data or b"")["items"]
+    }
+    inventory = json.loads(plane["/etc/nodebake/inventory.json"].data or b"")
+    judged = {each["name"]: each.get("installBy", inventory["installBy"]) for each in inventory["kubelets"]}
+    for name, minted, until in (
+        ("worker-1", "2026-11-01T12:00:00Z", "2027-01-30T12:00:00Z"),
+        ("worker-2", "2027-03-01T12:00:00Z", "2027-05-30T12:00:00Z"),
+    ):
+        files = identity(cluster, name, secrets)
+        told = json.loads(files["/opt/nodebake/manifest/node.json"].data or b"")
+        environment = (files["/etc/nodebake/node.env"].data or b"").decode()
+        assert (told["minted"], told["installBy"]) == (minted, until)
+        assert f"\nMINTED='{minted}'\nINSTALL_BY='{until}'\n" in environment
+        assert brought[name] == judged[name] == until
 
 
 def test_identities_are_the_same_twice_and_workers_independent(cluster: Cluster, minted: store.Secrets) -> None:
