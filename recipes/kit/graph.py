@@ -69,18 +69,22 @@ def _meant(name: str, known: Iterable[str], ending: str = "") -> str:
 
 class Loader(DodoTaskLoader):  # type: ignore[misc]
     """Loads dodo.py; a mistake of the person's is told as one. `named` are the sub-tasks asked for, so that no other
-    is made: with 5,000 machines making all of them costs more than baking one."""
+    is made: with 5,000 machines making all of them costs more than baking one, or than telling the kinds of tasks."""
 
     named: tuple[str, ...] | None = None
 
     def setup(self, opt_values: Any) -> None:
+        self._all = opt_values.get("subtasks", True)  # `doit list` alone knows that option
         with _told():
             super().setup(opt_values)
 
     def load_tasks(self, cmd: Any, pos_args: list[str]) -> Any:
         names = [argument for argument in pos_args if not argument.startswith("-")]
         plain = all(":" in name and "*" not in name for name in names)
-        Loader.named = tuple(names) if cmd.execute_tasks and names and plain else None
+        if cmd.execute_tasks and names and plain:
+            Loader.named = tuple(names)
+        elif not self._all and not names:
+            Loader.named = ()
         with _told():
             tasks = super().load_tasks(cmd, pos_args)
             if cmd.get_name() not in ("help", "info", "rekey", "verify"):  # theirs are no tasks

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cache
 from typing import Literal
 
-from recipes.kit.model import Cluster, Node
+from recipes.kit.model import Cluster, Node, Role
 
 Authority = Literal["kubernetes", "kubelet-serving", "etcd", "front-proxy"]
 Holder = Literal["control-plane", "worker", "load-balancer", "etcd", "etcd-member", "desk"]
@@ -235,11 +236,20 @@ PROFILES: tuple[CertificateSpec, ...] = (
 
 def holds(node: Node, holder: Holder) -> bool:
     """Whether a machine is such a holder; stacked etcd members are control planes and etcd members at once."""
-    return node.runs_etcd if holder == "etcd-member" else node.role == holder
+    return _holds(node.role, node.runs_etcd, holder)
+
+
+def _holds(role: Role, runs_etcd: bool, holder: Holder) -> bool:
+    return runs_etcd if holder == "etcd-member" else role == holder
 
 
 def profiles_of(node: Node) -> tuple[CertificateSpec, ...]:
-    return tuple(spec for spec in PROFILES if holds(node, spec.holder))
+    return _profiles(node.role, node.runs_etcd)
+
+
+@cache
+def _profiles(role: Role, runs_etcd: bool) -> tuple[CertificateSpec, ...]:
+    return tuple(spec for spec in PROFILES if _holds(role, runs_etcd, spec.holder))
 
 
 def expiries(
