@@ -29,7 +29,7 @@ import secrets as random
 import shlex
 import stat
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -253,12 +253,10 @@ def _complete(cluster: Cluster, held: _Held, now: datetime) -> _Held:
         if name not in held.files
     }
     tokens = _mint_tokens(cluster, held.tokens)
-    known = {*held.tokens, *(Path(name).parent.name for name in held.files)}
-    later = {}
-    if held.record.time != now:
-        later = {owner: now.isoformat() for owner in (*tokens, *(Path(name).parent.name for name in keys))}
+    known = {*held.tokens, *_owners_of(held.files)}
+    new = {*tokens, *_owners_of(keys)} - known if held.record.time != now else set[str]()
     return _Held(
-        replace(held.record, later={**held.record.later, **{one: at for one, at in later.items() if one not in known}}),
+        replace(held.record, later={**held.record.later, **dict.fromkeys(sorted(new), now.isoformat())}),
         {**held.files, **keys, **encryption},
         {**held.tokens, **tokens},
         {**held.ssh, **_mint_ssh(cluster, held.ssh)},
@@ -272,7 +270,7 @@ def _rekey(directory: Path, cluster: Cluster, owners: Collection[str], now: date
     _check_authorities(directory, cluster, held.record, now)
     left = _Held(
         replace(held.record, later={**held.record.later, **dict.fromkeys(owners, now.isoformat())}),
-        {name: data for name, data in held.files.items() if not _is_key_of(name, owners)},
+        {name: data for name, data in held.files.items() if not _owners_of([name]) & set(owners)},
         {owner: token for owner, token in held.tokens.items() if owner not in owners},
         {owner: key for owner, key in held.ssh.items() if owner not in owners},
     )
@@ -322,9 +320,9 @@ def _key_file(owner: str, profile: str) -> str:
     return f"keys/{owner}/{profile}.key"
 
 
-def _is_key_of(name: str, owners: Collection[str]) -> bool:
-    top, _, rest = name.partition("/")
-    return top == "keys" and rest.partition("/")[0] in owners
+def _owners_of(files: Iterable[str]) -> set[str]:
+    """Whose keys are among these paths in the store."""
+    return {name.split("/")[1] for name in files if name.startswith("keys/")}
 
 
 def _check_lifetimes(directory: Path, cluster: Cluster, record: _Record, now: datetime) -> None:

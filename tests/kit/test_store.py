@@ -36,7 +36,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def with_new_machines(cluster: Cluster) -> Cluster:
-    plane = samples.node("control-4", "control-plane", 14, runs_etcd=True)
+    plane = samples.node("ca", "control-plane", 14, runs_etcd=True)  # the name of a folder in the store, too
     return replace(cluster, nodes=(*cluster.nodes, plane, samples.node("worker-4", "worker", 24)))
 
 
@@ -80,12 +80,12 @@ def test_new_machines_get_theirs_and_the_rest_stays(directory: Path) -> None:
     first = store.open(directory, samples.ha(), now=NOW)
     second = store.open(directory, with_new_machines(samples.ha()), now=NOW + timedelta(days=1))
     assert second.tokens.items() > first.tokens.items()
-    assert second.tokens.keys() - first.tokens.keys() == {"control-4", "worker-4"}
+    assert second.tokens.keys() - first.tokens.keys() == {"ca", "worker-4"}
     assert second.leaf_keys.items() > first.leaf_keys.items()
     assert replace(second, tokens=first.tokens, leaf_keys=first.leaf_keys, later={}) == first
     # What is new begins when it was minted.
     begun = first.minted + timedelta(days=1)
-    assert set(second.later) == {"control-4", "worker-4"}
+    assert set(second.later) == {"ca", "worker-4"}
     assert second.life("worker-4") == (begun, begun + timedelta(days=90))
     assert second.life("worker-1") == (first.minted, first.install_by)
     # A machine that leaves and returns is the same machine.
