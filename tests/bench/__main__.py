@@ -1,6 +1,7 @@
 """`python -m tests.bench [ROUNDS]`: bakes the sample cluster and measures it against the goals; see README.md.
 
 `python -m tests.bench boot [ROUNDS]`: boots clusters in the lab and measures those; see boot.py.
+`python -m tests.bench scale`: bakes clusters of up to 5,000 machines; see scale.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from recipes import payload
-from tests.bench import boot, measure
+from tests.bench import boot, measure, scale
 from tests.bench.measure import Floor, Goal, Run
 from tests.bench.table import Result, written
 from tests.conftest import REMEMBERED, ROOT, Project, copy_project
@@ -30,6 +31,9 @@ COMPILED = {"PYTHONDONTWRITEBYTECODE": ""}  # as Python does it unless told othe
 def main() -> None:
     if sys.argv[1:2] == ["boot"]:
         boot.main(int(sys.argv[2]) if len(sys.argv) > 2 else 3, desk())
+        return
+    if sys.argv[1:2] == ["scale"]:
+        scale.main(desk())
         return
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     (ROOT / "build" / "bench").mkdir(parents=True, exist_ok=True)

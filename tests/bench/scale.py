@@ -1,0 +1,133 @@
+"""What baking thousands of machines costs: large.yaml at several sizes, and what an edit of it costs then.
+
+README.md says what exactly is measured.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tests.bench import measure, table
+from tests.bench.measure import Goal, Run
+from tests.conftest import ROOT, Project, copy_project
+
+SIZES = (50, 500, 5_000)  # workers
+LARGEST = SIZES[-1]
+WORKER = "node:worker-3"
+PYTHON = [sys.executable, "-c", "pass"]
+
+
+def main(desk: str) -> None:
+    """Writes build/bench/scale.md and scale.json, and prints the former."""
+    folder = ROOT / "build" / "bench"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="project-", dir=folder) as copy:
+        project = copy_project(Path(copy))
+        bakes, sizes = {}, {}
+        for workers in SIZES:
+            bakes[workers] = whole(project, workers)
+            sizes[workers] = on_disk(project.root / "build" / f"large-{workers}")
+        edits = small(project)
+    goals, costs = summed_up(bakes, sizes[LARGEST], edits), per_machine(bakes)
+    text = markdown(goals, bakes, costs, desk)
+    (folder / "scale.md").write_text(text)
+    facts = {
+        "goals": table.facts(goals),
+        "per machine": costs,
+        "bakes": {size: vars(run) for size, run in bakes.items()},
+    }
+    (folder / "scale.json").write_text(json.dumps({**facts, "desk": desk}, indent=1) + "\n")
+    print(text, end="")
+
+
+def cluster_file(project: Project, workers: int, *, more: int = 0) -> Path:
+    """large.yaml with so many workers (and more in a second pool, so that the others keep their addresses)."""
+    text = (project.clusters / "large.yaml").read_text()
+    text = text.replace("name: large\n", f"name: large-{workers}\n", 1).replace(
+        f"count: {LARGEST}", f"count: {workers}", 1
+    )
+    if more:
+        text = text.rstrip("\n") + f"\n  - {{name: late, role: worker, count: {more}, firstAddress: 172.16.4.1}}\n"
+    file = project.clusters / f"large-{workers}.yaml"
+    file.write_text(text)
+    return file
+
+
+def whole(project: Project, workers: int) -> Run:
+    """A full bake of a new cluster, minting included; the cache of components is warm."""
+    file = cluster_file(project, workers)
+    project.remember(file.stem)
+    project.doit(f"cluster={file}", "binaries", "packages", "images")  # what is in the cache is looked up once
+    measure.settle()
+    tell(f"{workers} workers")
+    return measure.run(project.command(f"cluster={file}"), project.root)
+
+
+def small(project: Project) -> Mapping[str, Run]:
+    """With the largest cluster baked: Python alone, a bake of nothing, of one machine, a list, and one machine more."""
+    file = cluster_file(project, LARGEST)
+    found: dict[str, Run] = {}
+    for name, command in {
+        "python": PYTHON,
+        "no-op": project.command(f"cluster={file}"),
+        WORKER: project.command(f"cluster={file}", WORKER),
+        "list": project.command(f"cluster={file}", "list"),
+    }.items():
+        tell(name)
+        measure.run(command, project.root)  # fills caches
+        found[name] = min((measure.run(command, project.root) for _ in range(5)), key=lambda run: run.seconds)
+    cluster_file(project, LARGEST, more=1)
+    tell("one worker more")
+    found["one worker more"] = measure.run(project.command(f"cluster={file}"), project.root)
+    shutil.rmtree(project.root / "build" / file.stem)
+    return found
+
+
+def on_disk(folder: Path) -> int:
+    """Bytes that a cluster's folder takes up."""
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*"))
+
+
+def per_machine(bakes: Mapping[int, Run]) -> dict[str, float]:
+    """Seconds that each further machine costs, between one size and the next."""
+    steps = itertools.pairwise(SIZES)
+    return {f"{few} to {many}": (bakes[many].seconds - bakes[few].seconds) / (many - few) for few, many in steps}
+
+
+def summed_up(bakes: Mapping[int, Run], size: int, edits: Mapping[str, Run]) -> list[Goal]:
+    start, largest = edits["python"].seconds, bakes[LARGEST]
+    few, many = per_machine(bakes).values()
+    return [
+        Goal(f"full bake, {LARGEST} workers", largest.seconds, 60, 1, "the goal"),
+        Goal("peak memory of it", largest.peak, 500e6, 1, "500 MB", "MB"),
+        Goal("disk that it takes", size, 3e9, 1, "3000 MB", "MB"),
+        Goal("a thousand machines more, at 5,000", 1000 * many, 1000 * few, 1.2, "at 500"),
+        Goal("no-op, beyond Python's start", edits["no-op"].seconds - start, 1.5, 1, "the goal"),
+        Goal(f"doit {WORKER}, beyond Python's start", edits[WORKER].seconds - start, 0.3, 1, "the goal"),
+        Goal("doit list, beyond Python's start", edits["list"].seconds - start, 0.5, 1, "at once"),
+    ]
+
+
+def markdown(goals: Sequence[Goal], bakes: Mapping[int, Run], costs: Mapping[str, float], desk: str) -> str:
+    lines = [
+        *table.rows(goals),
+        "",
+        f"One round; {desk}.",
+        "",
+        *(
+            f"- {size} workers: {run.seconds:.1f} s, {run.processor:.1f} s of processor, {run.peak / 1e6:.0f} MB"
+            for size, run in bakes.items()
+        ),
+        *(f"- one machine more, {steps} workers: {seconds * 1e3:.1f} ms" for steps, seconds in costs.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
