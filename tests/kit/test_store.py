@@ -201,6 +201,18 @@ def test_a_token_written_by_hand_is_an_error(directory: Path) -> None:
         store.open(directory, samples.ha(), now=NOW)
 
 
+def test_a_journal_written_by_hand_is_an_error(directory: Path) -> None:
+    store.open(directory, samples.single(), now=NOW)
+    before = contents(directory)
+    for text in ("", "{}", '{"sha256": "", "content": {"tokens.json": ""}}'):
+        (directory / "journal").write_text(text)
+        (directory / "journal").chmod(0o600)
+        with pytest.raises(BakeError, match="journal in the secret store is damaged"):
+            store.open(directory, samples.single(), now=NOW)
+    (directory / "journal").unlink()
+    assert contents(directory) == before
+
+
 def test_another_clusters_store_is_refused(directory: Path) -> None:
     store.open(directory, samples.ha(), now=NOW)
     with pytest.raises(BakeError, match=r"belongs to the cluster 'ha'.*describes 'single'"):
