@@ -9,8 +9,8 @@ from datetime import datetime
 from pathlib import Path
 
 from recipes.bake import Bake, some
-from recipes.kit import store
-from recipes.kit.model import Node
+from recipes.kit import sizing, store
+from recipes.kit.model import Cluster, Node
 from recipes.kit.profiles import ADMIN_CONF, DESK, expiries
 from recipes.kit.progress import amount
 from recipes.records import read_fetched, read_images
@@ -132,12 +132,33 @@ def cluster(bake: Bake) -> str:
         ("API", f"load balancer: {cluster.load_balancer}; endpoint: {endpoint}"),
         ("pods", f"{cluster.pod_subnet} by {cluster.pod_network}; services {cluster.service_subnet}"),
         ("store", str(bake.where)),
+        *_size_of(cluster),
     )
     if not bake.minted:
         return "\n".join([*lines, "", "Nothing is baked yet: run doit."])
     lines += ["", *_until(bake, cluster.nodes), "", table(("COMPONENT", "VERSION", "SOURCE"), _components(bake))]
     lines += ["", table(("WHAT ENDS", "OF", "WHEN"), _ends(bake))]
     return "\n".join(lines)
+
+
+def _size_of(cluster: Cluster) -> list[tuple[str, str]]:
+    """What the number of nodes sets, and which machines it wants (recipes/clusters/README.md, Sizes)."""
+    size, nodes = sizing.of(cluster), len(cluster.kubelets)
+    told = [
+        (
+            "sized for",
+            f"up to {size.workers:,} workers: each API server takes {size.max_requests_inflight:,} reading and"
+            f" {size.max_mutating_requests_inflight:,} writing requests at a time",
+        ),
+        ("heartbeats", f"{sizing.heartbeats(nodes):,.1f} writes/s of {nodes:,} nodes"),
+    ]
+    if cluster.pod_network == "flannel":
+        cost = f"up to {sizing.watch_bytes(nodes) / 1e6:,.1f} MB/s"
+        told.append(("flannel", f"{sizing.watch_events(nodes):,.1f} events/s from all API servers, {cost}"))
+    told += [(f"{role} wants", str(wanted)) for role, wanted in sizing.machines(cluster).items()]
+    cpus, memory = sizing.WORKER_OVERHEAD
+    told.append(("worker wants", f"what its pods want, {cpus} CPUs and {memory} MiB"))
+    return [*told, ("etcd's disk", f"one synchronous write in under {sizing.SYNC_LIMIT} ms (99th percentile)")]
 
 
 def machine(bake: Bake, node: Node) -> str:

@@ -338,7 +338,9 @@ def test_what_cannot_be_rekeyed_is_told(small: Desk) -> None:
 
 def test_info_tells_of_cluster_and_machine_and_mints_nothing(tmp_path: Path, small: Desk) -> None:
     fresh = copy_project(tmp_path / "fresh")
-    assert "Nothing is baked yet: run doit" in fresh.doit("info").stdout
+    told = fresh.doit("info").stdout
+    for part in ("up to 100 workers", "control-plane wants  2 CPUs", "under 10 ms", "Nothing is baked yet: run doit"):
+        assert part in told
     assert "not baked yet: run doit node:worker-3" in fresh.doit("info", "worker-3").stdout
     assert not list(fresh.clusters.glob("*.secrets"))
 

@@ -17,6 +17,7 @@ ORDER = [
     [
         "kit.errors",
         "kit.model",
+        "kit.sizing",
         "kit.progress",
         "kit.locks",
         "kit.atomic",

@@ -14,7 +14,7 @@ from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from recipes.kit import clusterfile, formats
+from recipes.kit import clusterfile, formats, sizing
 from recipes.kit.clusterfile import MAX_WORKERS, ClusterFile, Document, Machine, NodeShape, Pool, RegistryShape, Wiring
 from recipes.kit.errors import BakeError, BakeErrors
 from recipes.kit.model import (
@@ -698,9 +698,12 @@ class _Rules:
         if pods > TESTED_CONTAINERS:  # a pod is at least one container
             self.warn(f"{pods:,} pods are at least as many containers: Kubernetes is tested to {TESTED_CONTAINERS:,}")
         if shape.pod_network == "flannel" and nodes > FLANNEL_NODES:
+            events, megabytes = sizing.watch_events(nodes), sizing.watch_bytes(nodes) / 1e6
             self.warn(
-                f"flannel on {nodes} nodes: each watches all, so each change of a node goes to {nodes} watchers, and"
-                " each node keeps a route and a neighbour entry for every other"
+                f"flannel on {nodes} nodes: each watches all, and keeps a route and a neighbour entry for every other."
+                f" While nothing changes, the API servers send {events:,.0f} events a second for it, up to"
+                f" {megabytes:,.0f} MB/s. podNetwork: none, and by extraObjects a network whose agents do not watch all"
+                " Nodes, spare that (recipes/clusters/README.md, Sizes)"
             )
 
     # The rest

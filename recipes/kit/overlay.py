@@ -1,6 +1,6 @@
 """Overlays: trees of files whose paths are the paths on the machine; `.j2` files are templates (overlays/README.md).
 
-Payload templates see cluster, role, arch and image; identity templates (the tree `node`) see cluster, node,
+Payload templates see cluster, sizing, role, arch and image; identity templates (the tree `node`) see cluster, node,
 minted and install_by. An unknown name is an error, never an empty string.
 """
 
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from recipes.kit import sizing
 from recipes.kit.errors import BakeError, Place
 from recipes.kit.model import USERS, Cluster, File, Node, Role
 
@@ -73,7 +74,7 @@ def packages(cluster: Cluster, role: Role, root: Path = OVERLAYS) -> tuple[str, 
 
 def payload(cluster: Cluster, role: Role, arch: str, image: Mapping[str, str], root: Path = OVERLAYS) -> list[File]:
     """Every layer of a role, rendered; a later layer replaces a file of an earlier one. Sorted by path."""
-    context = {"cluster": cluster, "role": role, "arch": arch, "image": image}
+    context = {"cluster": cluster, "sizing": sizing.of(cluster), "role": role, "arch": arch, "image": image}
     files = {file.path: file for layer in layers(cluster, role) for file in render(root / layer, context)}
     return [files[path] for path in sorted(files)]
 

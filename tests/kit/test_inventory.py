@@ -398,7 +398,9 @@ def test_the_other_examples() -> None:
     assert large.nodes[-1].address == IPv4Address("172.16.27.136")
     assert {node.media for node in large.nodes} == {"thin"}
     said = "\n".join(large.warnings)
-    assert all(part in said for part in ("500,500 pods", "150,000", "300,000", "flannel on 5005 nodes"))
+    assert all(
+        part in said for part in ("500,500 pods", "150,000", "300,000", "flannel on 5005 nodes", "83,500 events")
+    )
 
 
 def test_what_is_told(tmp_path: Path) -> None:

@@ -1,0 +1,246 @@
+"""What the number of workers sets, and what machines it wants. The templates of overlays/ take every value from here,
+and the tables in recipes/clusters/README.md are printed from it.
+
+Payloads follow model.SCALES, so that one worker more changes none of their bytes. What no payload holds (machines,
+loads) follows the nodes themselves.
+
+Short names of sources: "kube-up" is kubernetes/kubernetes, cluster/gce (config-common.sh and
+gci/configure-kubeapiserver.sh), by which Kubernetes' own scalability tests made their clusters; "etcd.io, hardware" and
+"etcd.io, FAQ" are etcd's documentation, v3.6; KEP-589 is Kubernetes' "Efficient Node Heartbeats".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from recipes.kit.model import SCALES, Cluster, Role
+
+NODE_OBJECT = 15_000  # bytes of a Node with many images and volumes (KEP-589)
+SYNC_LIMIT = 10  # milliseconds for one synchronous write of etcd's, 99th percentile (etcd.io, FAQ)
+WORKER_OVERHEAD = (0.2, 712)  # CPUs and MiB that a kubelet keeps back from pods: reserved, and the eviction threshold
+
+
+@dataclass(frozen=True, slots=True)
+class Sizing:
+    """What payloads are given for up to so many workers. Times are in seconds."""
+
+    workers: int
+    max_requests_inflight: int  # of each API server, so that one can carry the load of all
+    max_mutating_requests_inflight: int
+    probes: tuple[int, int]  # between two of a worker's balancer: while a server is up, while it is down
+
+    # The same for every size; table() says why.
+    balancer_probes: tuple[int, int] = (2, 1)  # of the few machines of the role load-balancer
+    client_qps: int = 200  # controller-manager and scheduler
+    client_burst: int = 400
+    etcd_quota: int = 8 << 30  # bytes
+    etcd_compaction: int = 300  # by the API servers
+    etcd_retention: int = 8  # hours, by etcd itself
+    lease_duration: int = 40  # the kubelet renews it four times in that
+    status_report: int = 300  # a Node's status is written that often while nothing in it changes
+    conntrack_per_core: int = 32_768
+    conntrack_min: int = 131_072
+
+
+_SIZES = {
+    size.workers: size
+    for size in (
+        Sizing(100, max_requests_inflight=400, max_mutating_requests_inflight=200, probes=(2, 1)),
+        Sizing(1_000, max_requests_inflight=1_500, max_mutating_requests_inflight=500, probes=(10, 5)),
+        Sizing(5_000, max_requests_inflight=3_000, max_mutating_requests_inflight=1_000, probes=(30, 5)),
+    )
+}
+_LARGEST = _SIZES[SCALES[-1]]
+
+
+def of(cluster: Cluster) -> Sizing:
+    return _SIZES[cluster.scale]
+
+
+# ---- loads, calculated
+
+
+def heartbeats(nodes: int) -> float:
+    """Writes a second by which kubelets say that they live: leases, and the status of Nodes while nothing changes."""
+    return nodes * 4 / _LARGEST.lease_duration + nodes / _LARGEST.status_report
+
+
+def watch_events(nodes: int) -> float:
+    """Events a second, of up to NODE_OBJECT bytes, where every node watches every Node as flanneld does, and nothing
+    changes. All API servers together send them."""
+    return nodes * nodes / _LARGEST.status_report
+
+
+def watch_bytes(nodes: int) -> float:
+    """watch_events() in bytes a second, at the most."""
+    return watch_events(nodes) * NODE_OBJECT
+
+
+def pod_prefix(nodes: int, mask: int) -> int:
+    """The longest prefix of a podSubnet that has a network of this mask for each node."""
+    return mask - (nodes - 1).bit_length()
+
+
+# ---- machines
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    cpus: int
+    memory: int  # GiB
+    disk: int | None = None  # GB, of an SSD; None: what the artifact needs is enough
+
+    def __str__(self) -> str:
+        disk = f", {self.disk} GB of SSD" if self.disk else ""
+        return f"{self.cpus} CPUs, {self.memory} GiB{disk}"
+
+
+# nodes -> control plane (with etcd on it or without), etcd on a machine of its own, load balancer.
+# Control planes: kube-up's get-master-size, one machine with etcd on it, at 4 GiB a CPU. etcd: the examples of etcd.io,
+# hardware, for 50, 250, 1,000 and 3,000 nodes. Disks: 80 GB at the least (etcd.io, FAQ), and kube-up's
+# get-master-disk-size. Load balancers: five connections a node, each with two buffers of 16 kB (HAProxy, tune.bufsize).
+_MACHINES = {
+    10: (Machine(2, 8, 80), Machine(2, 8, 80), Machine(2, 1)),
+    50: (Machine(4, 16, 80), Machine(2, 8, 80), Machine(2, 1)),
+    100: (Machine(8, 32, 80), Machine(4, 16, 80), Machine(2, 1)),
+    500: (Machine(16, 64, 80), Machine(8, 32, 80), Machine(2, 1)),
+    1_000: (Machine(32, 128, 100), Machine(8, 32, 100), Machine(2, 1)),
+    5_000: (Machine(32, 128, 200), Machine(16, 64, 200), Machine(4, 2)),
+}
+_ROLES: tuple[Role, ...] = ("control-plane", "etcd", "load-balancer")
+
+
+def machines(cluster: Cluster) -> dict[Role, Machine]:
+    """What each role of this cluster wants, workers left out: pods decide about those."""
+    nodes = len(cluster.kubelets)
+    wanted = next((row for step, row in _MACHINES.items() if nodes <= step), _MACHINES[SCALES[-1]])
+    return {role: machine for role, machine in zip(_ROLES, wanted, strict=True) if cluster.with_role(role)}
+
+
+# ---- documentation
+
+
+def table() -> str:
+    """What grows with the cluster, and what does not: two tables in Markdown."""
+    sizes = [_SIZES[scale] for scale in SCALES]
+    grows = [
+        ("", *(f"up to {size.workers:,} workers" for size in sizes), "source, and why"),
+        _row(
+            "API server: `--max-requests-inflight`",
+            (f"{size.max_requests_inflight:,}" for size in sizes),
+            "kube-up (1,500 past 500 nodes, 3,000 past 3,000), else the default. Of each API server, so that one alone"
+            " can carry the load of all; its memory follows, see the machines",
+        ),
+        _row(
+            "API server: `--max-mutating-requests-inflight`",
+            (f"{size.max_mutating_requests_inflight:,}" for size in sizes),
+            "kube-up (500 and 1,000, likewise)",
+        ),
+        _row(
+            "workers' balancers probe an API server every",
+            (f"{up} s; while it is down {down} s" for up, down in (size.probes for size in sizes)),
+            "each API server is probed by every worker, and an answer costs it about 1 ms",
+        ),
+        _row(
+            "probes that each API server answers",
+            (f"{size.workers / size.probes[0]:.0f}/s" for size in sizes),
+            "calculated",
+        ),
+        _row(
+            "heartbeats",
+            (f"{heartbeats(size.workers):,.0f} writes/s" for size in sizes),
+            "calculated: a lease is renewed every 10 s, a Node written every 5 min while nothing changes",
+        ),
+        _row(
+            "flannel: events of Nodes that all API servers send",
+            (f"{_rate(size.workers)}" for size in sizes),
+            f"calculated: nodes x nodes / 5 min, of up to {NODE_OBJECT // 1000} kB each (KEP-589)",
+        ),
+        _row(
+            "flannel: what each flanneld reads at its start",
+            (f"up to {_mb(size.workers * NODE_OBJECT)}" for size in sizes),
+            "calculated: all Nodes",
+        ),
+        _row(
+            "`podSubnet`, at least, with `nodeCIDRMaskSize: 24`",
+            (f"/{pod_prefix(size.workers + 5, 24)}" for size in sizes),
+            "calculated, with 5 control planes; a smaller one is refused",
+        ),
+    ]
+    size = _LARGEST
+    same = [
+        ("for every size", "value", "source, and why"),
+        (
+            "controller-manager, scheduler: requests a second, burst",
+            f"{size.client_qps}, {size.client_burst}",
+            "Kubernetes' tests of 5,000 nodes give 100, 100 (kubernetes/test-infra, sig-scalability presets), the"
+            " defaults are 20, 30 and 50, 100. One of each leads, and the API servers' own limits hold",
+        ),
+        (
+            "etcd: `--quota-backend-bytes`",
+            f"{size.etcd_quota >> 30} GiB",
+            "the largest that etcd does not warn of (etcd.io, FAQ; etcd v3.7, server/storage/quota.go)",
+        ),
+        (
+            "API server: `--etcd-compaction-interval`",
+            f"{size.etcd_compaction // 60} min",
+            "the default; one API server does it for all. What is kept, up to twice as long, is at 5,000 nodes up to"
+            f" {_mb(2 * size.etcd_compaction * size.workers * NODE_OBJECT / size.status_report)} of Nodes",
+        ),
+        (
+            "etcd: `--auto-compaction-retention`",
+            f"{size.etcd_retention} h",
+            "for the hours in which no API server runs; else these compact first",
+        ),
+        (
+            "kubelet: `nodeLeaseDurationSeconds`, `nodeStatusReportFrequency`",
+            f"{size.lease_duration} s, {size.status_report // 60} min",
+            "the defaults (KEP-589); a longer lease spares few writes, and a dead node is noticed later",
+        ),
+        (
+            "kube-proxy: connections tracked",
+            f"{size.conntrack_per_core:,} a core, at least {size.conntrack_min:,}",
+            "the defaults: a node tracks what its own pods speak with, however many nodes there are",
+        ),
+        (
+            "load balancers probe an API server every",
+            f"{size.balancer_probes[0]} s; while it is down {size.balancer_probes[1]} s",
+            "they are few",
+        ),
+        (
+            "`maxPods`, `nodeCIDRMaskSize`",
+            "the cluster file's",
+            "never derived: the mask cannot change in a running cluster",
+        ),
+        (
+            "images that machines pull",
+            "none",
+            "all are in the artifact, but for what your workloads name by `registries`",
+        ),
+    ]
+    return f"{_markdown(grows)}\n{_markdown(same)}"
+
+
+def machine_table() -> str:
+    """The recommended machines, in Markdown."""
+    rows: list[tuple[str, ...]] = [("nodes", "each control plane", "each etcd machine", "each load balancer")]
+    rows += [(f"up to {nodes:,}", *map(str, row)) for nodes, row in _MACHINES.items()]
+    return _markdown(rows)
+
+
+def _row(name: str, values: Iterable[str], source: str) -> tuple[str, ...]:
+    return (name, *values, source)
+
+
+def _rate(nodes: int) -> str:
+    return f"{watch_events(nodes):,.0f}/s, up to {_mb(watch_bytes(nodes))}/s"
+
+
+def _mb(count: float) -> str:
+    return f"{count / 1e6:,.1f} MB" if count < 1e7 else f"{count / 1e6:,.0f} MB"
+
+
+def _markdown(rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [rows[0], ("---",) * len(rows[0]), *rows[1:]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
