@@ -539,34 +539,40 @@ def test_leaders_are_elected(unit: str, holds: str, machine: Layout, api_server:
         assert complaints(running.said) == []
 
 
-def test_the_api_server_takes_the_objects(machine: Layout, api_server: Running, tmp_path: Path) -> None:
-    """As on a control plane: server-side, with a certificate of system:masters from the CA key that lies there."""
+def as_master(machine: Layout, folder: Path) -> list[str]:
+    """kubectl with a certificate of system:masters, from the CA key that lies on a control plane."""
     pki = machine.path("/etc/kubernetes/pki")
-    key, request, certificate = (str(tmp_path / f"x.{ending}") for ending in ("key", "csr", "crt"))
+    key, request, certificate = (str(folder / f"x.{ending}") for ending in ("key", "csr", "crt"))
     subject = ["-subj", "/O=system:masters/CN=applier", "-keyout", key, "-out", request]
     curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
     signer = ["-CA", str(pki / "kubernetes-ca.crt"), "-CAkey", str(pki / "kubernetes-ca.key"), "-set_serial", "9"]
-    extensions = tmp_path / "extensions"
+    extensions = folder / "extensions"
     extensions.write_text("extendedKeyUsage=clientAuth\n")
     for command in (
         ["openssl", "req", *curve, *subject],
         ["openssl", "x509", "-req", "-in", request, *signer, "-extfile", str(extensions), "-out", certificate],
     ):
         subprocess.run(command, check=True, capture_output=True)
+    assert machine.binaries is not None
+    return [
+        str(machine.binaries / "kubectl"),
+        "--kubeconfig=/dev/null",
+        f"--server=https://{machine.localhost}:6443",
+        f"--certificate-authority={pki / 'kubernetes-ca.crt'}",
+        f"--client-certificate={certificate}",
+        f"--client-key={key}",
+    ]
+
+
+def test_the_api_server_takes_the_objects(machine: Layout, api_server: Running, tmp_path: Path) -> None:
+    """As on a control plane: server-side."""
+    command = as_master(machine, tmp_path)
     manifest = tmp_path / "objects.yaml"
     volume = LocalVolume(name="data", path="/mnt", size="1Gi", storage_class="local")
     cluster = replace(machine.cluster, approval="group", storage_classes=("local",))
     cluster = replace(cluster, nodes=(replace(machine.node, volumes=(volume,)),))
     made = [*objects.rights(cluster), *objects.static(cluster, IMAGES)]
     manifest.write_bytes(objects.document(made))
-    assert machine.binaries is not None
-    command = [
-        str(machine.binaries / "kubectl"),
-        "--kubeconfig=/dev/null",
-        f"--server=https://{machine.localhost}:6443",
-    ]
-    command += [f"--certificate-authority={pki / 'kubernetes-ca.crt'}"]
-    command += [f"--client-certificate={certificate}", f"--client-key={key}"]
     apply = ["apply", "--server-side", "--validate=strict", "--field-manager=test", "-f", str(manifest)]
 
     answers: list[subprocess.CompletedProcess[str]] = []
@@ -580,6 +586,33 @@ def test_the_api_server_takes_the_objects(machine: Layout, api_server: Running, 
     told = answers[-1]
     assert "Warning" not in told.stderr
     assert told.stdout.count("serverside-applied") == len(made)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "why"),
+    [
+        ({"hostNetwork": True}, "host namespaces"),
+        ({"hostPID": True}, "host namespaces"),
+        ({"volumes": [{"name": "root", "hostPath": {"path": "/"}}]}, "hostPath volumes"),
+        ({"containers": [{"name": "a", "image": "a", "securityContext": {"privileged": True}}]}, "privileged"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_a_pod_that_would_be_the_node_is_refused(
+    wanted: dict[str, Any], why: str, machine: Layout, api_server: Running, tmp_path: Path
+) -> None:
+    """PodSecurity, in a namespace that says nothing of it."""
+    command = as_master(machine, tmp_path)
+    name = "".join(char for char in why if char.isalpha()).lower() + str(len(str(wanted)))
+    for words in (("namespace", name), ("serviceaccount", "default", "-n", name)):
+        subprocess.run([*command, "create", *words], check=True, capture_output=True)
+    spec = {"containers": [{"name": "a", "image": "a"}], "automountServiceAccountToken": False}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a", "namespace": name}}
+    for one, refused in ((spec, False), ({**spec, **wanted}, True)):
+        create = [*command, "create", "--dry-run=server", "-f", "-"]
+        done = subprocess.run(create, input=json.dumps({**pod, "spec": one}), capture_output=True, text=True)
+        assert (done.returncode != 0) == refused, done.stderr
+    assert 'violates PodSecurity "baseline:latest"' in done.stderr and why in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -417,8 +417,18 @@ def _place(file: Path, tree: Tree, loc: tuple[str | int, ...], *, key: bool = Fa
 def _told(file: Path, tree: Tree, details: list[ErrorDetails]) -> list[BakeError]:
     errors: dict[tuple[str | int, ...], BakeError] = {}
     for detail in details:
-        errors.setdefault(detail["loc"], _mistake(file, tree, detail))
+        if not _is_told(tree, detail):
+            errors.setdefault(detail["loc"], _mistake(file, tree, detail))
     return list(errors.values())
+
+
+def _is_told(tree: Tree, detail: ErrorDetails) -> bool:
+    """Whether it is missing, or a list is empty, because what stood there was a mistake of YAML."""
+    loc = detail["loc"]
+    path = list(places.walk(tree, loc))
+    if detail["type"] == "missing" and len(path) == len(loc):
+        return isinstance(path[-1], Table) and loc[-1] in path[-1].lost
+    return detail["type"] == "too_short" and isinstance(path[-1], Row) and path[-1].lost
 
 
 def _mistake(file: Path, tree: Tree, detail: ErrorDetails) -> BakeError:

@@ -15,7 +15,7 @@ from recipes.kit.model import USERS, Endpoint
 
 _LABEL: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _LABEL_VALUE: Final = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
-_QUANTITY: Final = re.compile(r"[1-9][0-9]*(\.[0-9]+)?([KMGTPE]i|[kMGTPE])?")
+_QUANTITY: Final = re.compile(r"[1-9][0-9]{0,14}(\.[0-9]{1,9})?([KMGTPE]i|[kMGTPE])?")
 _INTERFACE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,14}")
 _INTERFACE_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._*?-]{0,14}")
 _MAC: Final = re.compile(r"[0-9a-f]{2}([:-])([0-9a-f]{2}\1){4}[0-9a-f]{2}")
@@ -283,6 +283,8 @@ def mount_path(text: str) -> str:
     if not re.fullmatch(r"(/[A-Za-z0-9._-]+)+", text) or str(PurePosixPath(text)) != text or ".." in text.split("/"):
         remedy = "Write it as /srv/data: absolute, of letters, digits and ._-, without '..' or a '/' at the end."
         raise Malformed(f"{_shown(text)} is not a path for a volume", remedy)
+    if len(text) > 1024 or any(len(name) > 255 for name in text.split("/")):
+        raise Malformed(f"{_shown(text)} is longer than a path can be", "Use a path as /srv/data.")
     for own in _SYSTEM_PATHS:
         if text == own or text.startswith(f"{own}/"):
             raise Malformed(f"{text} lies in {own}, which belongs to the machine", "Use a path as /srv/data.")

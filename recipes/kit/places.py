@@ -23,6 +23,7 @@ LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where P
 _INTEGER: Final = re.compile(r"0|-?[1-9][0-9]{0,17}")
 # C0, DEL and C1, line separators, and marks that reverse the direction of writing and so hide what is written.
 _CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
+_SEPARATOR: Final = re.compile("[\x85\u2028\u2029]")  # line breaks of YAML 1.1, and none of 1.2
 # First match wins; what a YAML reader (1.1 or 1.2) may take the bare word for.
 _ODD: Final = tuple(
     (re.compile(pattern, re.IGNORECASE), meaning)
@@ -138,6 +139,10 @@ def read_text(file: Path) -> str:
 def parse(file: Path, text: str) -> tuple[Tree | None, list[BakeError]]:
     """The tree (None when the file is empty or not YAML at all) and every mistake of YAML itself."""
     builder = _Builder(file)
+    if separator := _SEPARATOR.search(text):
+        what = f"U+{ord(separator[0]):04X} stands here, which ends a line to some YAML readers only"
+        builder.errors.append(BakeError(what, where=_at_offset(file, text, separator.start()), remedy="Remove it."))
+        return None, builder.errors
     try:
         for event in yaml.parse(text, Loader=LOADER):
             if not builder.take(event):
@@ -155,13 +160,16 @@ def parse(file: Path, text: str) -> tuple[Tree | None, list[BakeError]]:
         )
         return None, builder.errors
     except yaml.reader.ReaderError as error:
-        before = text[: error.position] if isinstance(error.position, int) else ""
-        place = Place(file, before.count("\n") + 1, len(before) - (before.rfind("\n") + 1) + 1)
+        place = _at_offset(file, text, error.position if isinstance(error.position, int) else 0)
         builder.errors.append(
             BakeError("A control character stands here", where=place, remedy="Remove the invisible character.")
         )
         return None, builder.errors
     return builder.root, builder.errors
+
+
+def _at_offset(file: Path, text: str, offset: int) -> Place:
+    return Place(file, text.count("\n", 0, offset) + 1, offset - text.rfind("\n", 0, offset))
 
 
 def is_text(raw: str) -> bool:
@@ -257,7 +265,7 @@ class _Builder:
         leaf = Leaf(_resolve(raw) if bare else raw, raw, line, column)
         parent = self._open[-1] if self._open else None
         if isinstance(parent, Table) and self._keys[-1] is None:
-            self._keys[-1] = self._key(event, parent, leaf)
+            self._keys[-1] = _DROPPED if bad else self._key(event, parent, leaf)
         else:
             self._put(Broken(line, column) if bad else leaf)
         return True

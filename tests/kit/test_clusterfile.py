@@ -41,6 +41,11 @@ MISTAKES = {
     "a control character": ("name: a\x07b\n", 1, 8, "control character", "invisible"),
     "an escaped one": ('name: "a\\x07b"\n', 1, 7, "U+0007", "without that character"),
     "an escaped line end": ('name: "a\\nb"\n', 1, 7, "U+000A", "one line"),
+    "a line separator": ("name: a\ninstallBy: 9\u2028d\n", 2, 13, "U+2028 stands here", "Remove"),
+    "a line end in a needed list": (
+        'name: a\nusers:\n  - {name: x, sshAuthorizedKeys: ["a\\n"]}\n', 3, 35, "U+000A", "one line"
+    ),
+    "a line end in a key": ('name: a\n"na\\nme": b\n', 2, 1, "U+000A", "one line"),
     "reversed writing": ("name: a\u202eb\n", 1, 7, "U+202E", "without"),
     "duplicate key": ("name: a\netcd: stacked\nname: b\n", 3, 1, "second time; the first is in line 1", "Remove one"),
     "anchor": ("name: &x a\n", 1, 7, "anchor", "Remove"),
