@@ -2,6 +2,7 @@
 
 `python -m tests.bench boot [ROUNDS]`: boots clusters in the lab and measures those; see boot.py.
 `python -m tests.bench scale`: bakes clusters of up to 5,000 machines; see scale.py.
+`python -m tests.bench flood`: 5,000 machines ask for their certificates; see flood.py.
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ def main() -> None:
         return
     if sys.argv[1:2] == ["scale"]:
         scale.main(desk())
+        return
+    if sys.argv[1:2] == ["flood"]:
+        from tests.bench import flood  # wants the daemon's own modules
+
+        flood.main(desk())
         return
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     (ROOT / "build" / "bench").mkdir(parents=True, exist_ok=True)
