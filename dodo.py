@@ -1,6 +1,6 @@
 """The task graph: `doit` bakes the whole cluster, `doit node:NAME` one machine, `doit list` names what there is.
 
-Arguments: cluster=FILE  secrets=DIR  source=release|modules  mirror=URL-or-DIR  images=DIR (doit lab)
+Arguments: cluster=FILE  secrets=DIR  key=FILE  source=release|modules  mirror=URL-or-DIR  images=DIR (doit lab)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, cast, get_args
 
 from recipes import report
 from recipes.bake import PACKAGE, Bake
-from recipes.kit import graph, inventory, overlay, store
+from recipes.kit import graph, inventory, overlay, store, vault
 from recipes.kit.choices import Choices
 from recipes.kit.download import Desk
 from recipes.kit.errors import BakeError, BakeErrors
@@ -24,6 +24,7 @@ from recipes.kit.graph import Same, action, argument
 from recipes.kit.model import Arch, Node, Source
 from recipes.kit.profiles import ADMIN_CONF, DESK
 from recipes.kit.progress import for_this_terminal
+from recipes.kit.vault import Key
 from recipes.records import still_there
 
 Task = dict[str, Any]
@@ -31,7 +32,7 @@ Task = dict[str, Any]
 
 @cache
 def bake() -> Bake:
-    graph.only_arguments("cluster", "secrets", "source", "mirror", "images")
+    graph.only_arguments("cluster", "secrets", "key", "source", "mirror", "images")
     now = datetime.now(UTC)
     file = Path(argument("cluster") or PACKAGE / "clusters" / "ha.yaml")
     cluster = inventory.load(file, now=now)
@@ -43,7 +44,8 @@ def bake() -> Bake:
         progress=for_this_terminal(),
         choices=Choices(where / "choices.json"),
     )
-    return Bake(cluster, desk, where, now)
+    key = argument("key")
+    return Bake(cluster, desk, where, now, key=Key(Path(key).expanduser() if key else None))
 
 
 DOIT_CONFIG = {
@@ -299,8 +301,8 @@ def rekey(names: list[str]) -> None:
     here = bake()
     named = [name.removeprefix("node:") for name in names]
     owners = dict.fromkeys(DESK if name == ADMIN_CONF else inventory.find(here.cluster, name).name for name in named)
-    before = store.open(here.where, here.cluster, now=here.now, mint=False)
-    store.rekey(here.where, here.cluster, owners, now=here.now)
+    before = store.open(here.where, here.cluster, now=here.now, mint=False, key=here.key)
+    store.rekey(here.where, here.cluster, owners, now=here.now, key=here.key)
     print(report.rekeyed(replace(here, minting=False), list(owners), before))
 
 
@@ -318,6 +320,21 @@ def verify(names: list[str]) -> None:
             errors.append(error)
     if errors:
         raise BakeErrors(errors)
+
+
+def encrypt(recipients: list[str]) -> None:
+    """What `doit encrypt [RECIPIENT ...]` does."""
+    vault.encrypt(bake().where, bake().key, recipients)
+    print(f"{bake().where / vault.ENCRYPTED} holds the secret store now; its plain files are removed.")
+    print("What was baked is secret still: admin.conf, seeds, tarballs. A backup may hold the plain files.")
+
+
+def decrypt(words: list[str]) -> None:
+    """What `doit decrypt` does."""
+    if words:
+        raise BakeError(f"there is nothing like {words[0]} to decrypt", remedy="say doit decrypt")
+    vault.decrypt(bake().where, bake().key)
+    print(f"The files of {bake().where} can be read again.")
 
 
 def at_end(selected: list[str]) -> None:

@@ -23,6 +23,7 @@ from recipes.kit.download import Desk
 from recipes.kit.errors import BakeError
 from recipes.kit.model import Arch, BaseImage, Cluster, Fetched, File, Node, Role
 from recipes.kit.profiles import DESK
+from recipes.kit.vault import Key
 
 if TYPE_CHECKING:
     from recipes.audit import Audit
@@ -41,6 +42,7 @@ class Bake:
     where: Path  # the secret store
     now: datetime
     minting: bool = True  # False: only look
+    key: Key = field(default_factory=Key, repr=False)  # what opens the store, where it is encrypted
     _proofs: dict[tuple[Role, Arch], tuple[str, Proven]] = field(default_factory=dict, init=False, repr=False)
 
     # ---- where things lie
@@ -113,12 +115,12 @@ class Bake:
     @cached_property
     def secrets(self) -> store.Secrets:
         """Minted on first use, as far as something is missing."""
-        return store.open(self.where, self.cluster, now=self.now, mint=self.minting)
+        return store.open(self.where, self.cluster, now=self.now, mint=self.minting, key=self.key)
 
     @property
     def minted(self) -> bool:
         """Whether the store has been minted, which looking at a cluster does not do."""
-        return (self.where / "cluster.json").exists()
+        return store.is_minted(self.where)
 
     @cached_property
     def mtime(self) -> int:

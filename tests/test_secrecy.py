@@ -4,7 +4,6 @@ save the store and the artifacts."""
 from __future__ import annotations
 
 import base64
-import json
 import os
 import re
 import subprocess
@@ -16,13 +15,15 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pyrage
 import pytest
 import yaml
 
 from recipes.kit import inventory, pki, store
+from recipes.kit.store import Secrets
+from recipes.kit.vault import ENCRYPTED, Key
 from tests.conftest import REMEMBERED, ROOT, Project, copy_project
 from tests.samples import SSH_KEY
-from tests.test_artifacts import secrets_of
 from tests.test_audit import PASSWORD, forms, values
 
 CLUSTER = f"""\
@@ -46,9 +47,9 @@ DEFECT = """\
 def digest_of_sums(files: object, part: str) -> str:
     return part[9]
 """
-# What may hold secrets: finished, or under way by a name that begins with a dot.
+# What may hold secrets, below the folder of all: finished, or under way by a name that begins with a dot.
 MAY = re.compile(
-    r"project/(recipes/clusters/(canary\.yaml\.secrets/.*|password|objects\.yaml)"
+    r"project/(recipes/clusters/(password|objects\.yaml)"
     r"|build/canary/(nodes/\.?(balancer|control|worker|etcd)-1\.tar\.gz|seeds/\.?(balancer|control|worker|etcd)-1\.iso"
     r"|\.?admin\.conf)(\.\w+)?)"
 )
@@ -91,6 +92,7 @@ class Desk:
 
     folder: Path
     project: Project
+    key: Path | None  # the store is encrypted for
     watch: Watch = field(default_factory=Watch)
     runs: int = 0
 
@@ -103,11 +105,12 @@ class Desk:
         self.runs += 1
         run = self.folder / f"run-{self.runs}"
         run.mkdir()
+        which = ["cluster=recipes/clusters/canary.yaml", *([f"key={self.key}"] if self.key else [])]
         homes = {"HOME": "home", "TMPDIR": "tmp", "XDG_CACHE_HOME": "home", "XDG_RUNTIME_DIR": "home"}
         environment = {**os.environ, **{name: str(self.folder / where) for name, where in homes.items()}}
         with (run / "output").open("wb") as out:
             process = subprocess.Popen(
-                [sys.executable, "-B", ROOT / "tests" / "spy.py", run, *words, "cluster=recipes/clusters/canary.yaml"],
+                [sys.executable, "-B", ROOT / "tests" / "spy.py", run, *words, *which],
                 cwd=self.project.root,
                 env=environment,
                 stdout=out,
@@ -139,30 +142,40 @@ class Desk:
     def cache(self) -> Path:
         return (self.project.root / "build/downloads").resolve()
 
-    def needles(self) -> list[bytes]:
-        """Each secret in every form in which it could stand somewhere, and that one line can hold."""
+    @property
+    def minted(self) -> Secrets:
         now = datetime.now(UTC)
         cluster = inventory.load(self.project.clusters / "canary.yaml", now=now)
-        minted = store.open(self.store, cluster, now=now, mint=False)
-        known = {**values(minted), "objects": yaml.safe_load(self.objects)["stringData"]["password"].encode()}
-        lines = [max(re.split(rb"[\n\0]", form), key=len) for value in known.values() for form in forms(value)]
-        assert len(known) > 25 and min(map(len, lines)) > 6
-        return [*lines, *secrets_of(self.store).values()]
+        return store.open(self.store, cluster, now=now, mint=False, key=Key(self.key))
 
-    @property
-    def objects(self) -> str:
-        return (self.project.clusters / "objects.yaml").read_text()
+    def needles(self) -> list[bytes]:
+        """Each secret in every form in which it could stand somewhere, and that one line can hold."""
+        minted = self.minted
+        objects = yaml.safe_load((self.project.clusters / "objects.yaml").read_text())
+        known = [*values(minted).values(), objects["stringData"]["password"].encode()]
+        pairs = (minted.service_account, minted.signing)
+        keys = [*(pair.private_pem for pair in pairs), *(pair.key_pem for pair in minted.authorities.values())]
+        # Of PKCS #8 for P-256 the secret begins 48 characters into the base64, of OpenSSH's behind the public half.
+        known += [key.splitlines()[1][44:] for key in (*keys, *minted.leaf_keys.values())]
+        known += [key.private.splitlines()[4][10:34] for key in minted.ssh_host_keys.values()]
+        lines = [max(re.split(rb"[\n\0]", form), key=len) for value in known for form in forms(value)]
+        assert len(known) > 40 and min(map(len, lines)) > 6
+        return lines
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["plain", "encrypted"])
 def desk(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Desk:
-    """Baked twice: whole, the store minted; then, its machines' tarballs removed, until a defect of ours ends it."""
+    """Baked whole, the store minted; then twice in vain: by a defect of ours, and with a store that is damaged.
+
+    encrypted: of one machine, what is to do with an encrypted store, which is so from the beginning.
+    """
     if not REMEMBERED.exists():  # nothing was baked here before: the cache is filled by the sample cluster
         request.getfixturevalue("baked")
     folder = tmp_path_factory.mktemp("secrecy")
     for name in ("project", "home", "tmp"):
         (folder / name).mkdir()
-    made = Desk(folder, copy_project(folder / "project"))
+    key = folder / "key" if request.param == "encrypted" else None
+    made = Desk(folder, copy_project(folder / "project"), key)
     made.project.remember("canary")
     clusters = made.project.clusters
     (clusters / "canary.yaml").write_text(CLUSTER)
@@ -170,19 +183,24 @@ def desk(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
     secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "own"}}
     own = {"password": base64.b64encode(os.urandom(24)).decode()}
     (clusters / "objects.yaml").write_text(yaml.safe_dump({**secret, "stringData": own}))
-    assert made.doit() == 0, made.output(1)
+    if key is not None:
+        key.write_text(str(pyrage.x25519.Identity.generate()))
+        key.chmod(0o600)
+        assert made.doit("encrypt") == 0, made.output(1)
+    words = ["node:worker-1", "desk"] if key is not None else []
+    assert made.doit(*words) == 0, made.output(made.runs)
 
     for tarball in (made.project.root / "build/canary/nodes").iterdir():
         tarball.unlink()
     (made.project.root / "build/canary/admin.conf").unlink()
     broken = made.project.root / "recipes/kit/manifest.py"
     broken.write_text(f"{broken.read_text()}\n\n{DEFECT}")
-    damaged = made.store / "tokens.json"
-    whole = damaged.read_text()
-    assert made.doit("node") != 0
-    damaged.write_text(f"{whole}}}")
-    assert made.doit("node") != 0
-    damaged.write_text(whole)
+    assert made.doit("node:worker-1") != 0
+    damaged = made.store / ("tokens.json" if key is None else ENCRYPTED)
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-9])
+    assert made.doit("node:worker-1") != 0
+    damaged.write_bytes(whole)
     return made
 
 
@@ -197,8 +215,9 @@ def held(needles: list[bytes], paths: list[Path], patterns: Path) -> set[Path]:
 
 
 def test_what_fails_is_told_in_full(desk: Desk) -> None:
-    assert "Traceback" in desk.output(2) and "IndexError" in desk.output(2)
-    assert "tokens.json in the secret store is damaged" in desk.output(3) and "Traceback" not in desk.output(3)
+    defect, damage = (desk.output(run) for run in (desk.runs - 1, desk.runs))
+    assert "Traceback" in defect and "IndexError" in defect
+    assert " damaged" in damage and "Traceback" not in damage
 
 
 def test_of_all_that_was_written_or_said_only_the_store_and_the_artifacts_hold_a_secret(
@@ -214,8 +233,10 @@ def test_of_all_that_was_written_or_said_only_the_store_and_the_artifacts_hold_a
     assert len(removed) > 3
     hits = {removed.get(path, path) for path in held(desk.needles(), files, tmp_path / "needles")}
     places = {path.relative_to(desk.folder).as_posix() for path in hits}
-    assert {place for place in places if not MAY.fullmatch(place)} == set()
-    assert desk.store / "tokens.json" in hits and desk.project.clusters / "password" in hits, "it does search"
+    inside = {place for place in places if place.startswith("project/recipes/clusters/canary.yaml.secrets/")}
+    assert {place for place in places - inside if not MAY.fullmatch(place)} == set()
+    assert bool(inside) == (desk.key is None), "plain secrets are in a store that is not encrypted alone"
+    assert desk.project.clusters / "password" in hits, "it does search"
 
 
 def recent(path: Path, desk: Desk) -> bool:
@@ -224,7 +245,7 @@ def recent(path: Path, desk: Desk) -> bool:
 
 def test_nothing_is_written_elsewhere(desk: Desk) -> None:
     written = [Path(path) for _, path in desk.events("written")]
-    assert len(written) > 50
+    assert len(written) > 20
     inside = (desk.folder, desk.cache, Path("/dev/null"), Path("/dev/tty"))
     assert [path for path in written if not any(path.is_relative_to(place) for place in inside)] == []
 
@@ -240,8 +261,8 @@ def test_proc_shows_no_secret(desk: Desk) -> None:
 
 def test_whoever_shows_a_secret_is_caught(desk: Desk, tmp_path: Path) -> None:
     """The search itself, tried on what it must find."""
-    token = json.loads((desk.store / "tokens.json").read_text())["content"]["worker-1"].encode()
-    key = (desk.store / "ca/kubernetes.key").read_bytes()
+    token = desk.minted.tokens["worker-1"].bearer.encode()
+    key = desk.minted.authorities["kubernetes"].key_pem
     leaks = {
         tmp_path / str(at): text
         for at, text in enumerate((token, base64.b64encode(token), key, pki.private_number(key).hex().encode()))

@@ -37,6 +37,7 @@ ORDER = [
         "kit.profiles",
         "kit.pki",
         "kit.kubeconfig",
+        "kit.vault",
         "kit.store",
         "kit.tarball",
     ],

@@ -35,7 +35,8 @@ from recipes.kit.locks import locked
 
 BUILD = Path("build")
 SECONDS = 2.0  # of work that SIGKILL may cost
-COMMANDS = ("clean", "help", "info", "list", "rekey", "verify")  # doit's others are for mending doit itself
+# doit's others are for mending doit itself.
+COMMANDS = ("clean", "decrypt", "encrypt", "help", "info", "list", "rekey", "verify")
 
 
 def argument(name: str, *, one_of: Sequence[str] = ()) -> str | None:
@@ -87,7 +88,7 @@ class Loader(DodoTaskLoader):  # type: ignore[misc]
             Loader.named = ()
         with _told():
             tasks = super().load_tasks(cmd, pos_args)
-            if cmd.get_name() not in ("help", "info", "rekey", "verify"):  # theirs are no tasks
+            if not isinstance(cmd, _Own) and cmd.get_name() != "help":  # their words are no tasks
                 _check_names(tasks, names)
             return tasks
 
@@ -283,7 +284,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
             Reporter.at_end(self._selected)
 
 
-class _Looking(DoitCmdBase):  # type: ignore[misc]
+class _Own(DoitCmdBase):  # type: ignore[misc]
     """A command of ours that bakes nothing; dodo.py says how, in a function of the command's name."""
 
     doc_description = None
@@ -296,25 +297,43 @@ class _Looking(DoitCmdBase):  # type: ignore[misc]
         return 0
 
 
-class Info(_Looking):
+class Info(_Own):
     """`doit info [NODE]`: what is in the cluster or in one machine's artifact, from where, until when."""
 
     doc_purpose = "show the cluster, or one machine: what is in it, from where, until when"
     doc_usage = "[NODE]"
 
 
-class Rekey(_Looking):
-    """`doit rekey NODE ...`: new keys, tokens and dates in the store; the next bake takes them."""
-
-    doc_purpose = "mint anew what machines have of their own: keys, token, dates"
-    doc_usage = "NODE ..."
+class _Alone(_Own):
+    """One that nobody may do while a bake goes on."""
 
     def _execute(self, pos_args: list[str]) -> int:
         with locked(BUILD / ".lock", waiting=_waiting):
             return super()._execute(pos_args)
 
 
-class Verify(_Looking):
+class Rekey(_Alone):
+    """`doit rekey NODE ...`: new keys, tokens and dates in the store; the next bake takes them."""
+
+    doc_purpose = "mint anew what machines have of their own: keys, token, dates"
+    doc_usage = "NODE ..."
+
+
+class Encrypt(_Alone):
+    """`doit encrypt [RECIPIENT ...]`: the secret store in one file, by age."""
+
+    doc_purpose = "encrypt the secret store: for a passphrase, what is in key=FILE, or age's recipients"
+    doc_usage = "[RECIPIENT ...]"
+
+
+class Decrypt(_Alone):
+    """`doit decrypt`: its files again as they were."""
+
+    doc_purpose = "put the secret store's files into its folder again"
+    doc_usage = ""
+
+
+class Verify(_Own):
     """`doit verify FILE ...`: whether artifacts are as they were baked, for this cluster."""
 
     doc_purpose = "check artifacts: every byte, and that they are this cluster's"

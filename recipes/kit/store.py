@@ -16,6 +16,8 @@ Whatever changes in here is written into `journal` first, whole; from then on it
 what it says, and removes it. What cluster.json lists and the folder has not, or not with these bytes, is damage and an
 error. What a machine that joins later needs is minted when first asked for; what those had that were removed stays.
 Minted anew is only what rekey() is asked for. Nothing in here is for editing: the JSON files carry their own digest.
+
+All of that may lie in one encrypted file of the folder instead (vault.py).
 """
 
 from __future__ import annotations
@@ -23,11 +25,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
 import secrets as random
 import shlex
-import stat
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,6 +40,7 @@ from recipes.kit.errors import BakeError
 from recipes.kit.locks import locked
 from recipes.kit.model import Cluster
 from recipes.kit.profiles import ADMIN_CONF, AUTHORITIES, DESK, KeyPair, leaf_owners
+from recipes.kit.vault import ENCRYPTED, UNDER_WAY, Folder, Key, open_files, prepare
 
 BACKDATED = timedelta(hours=1)  # notBefore lies this long before minting: a machine's clock may be a little behind
 
@@ -136,37 +137,46 @@ def default_directory(cluster_file: Path) -> Path:
     return cluster_file.with_name(cluster_file.name + ".secrets")
 
 
-def open(directory: Path, cluster: Cluster, *, now: datetime, mint: bool = True) -> Secrets:
+def is_minted(directory: Path) -> bool:
+    """Whether anything was; of an encrypted store it is taken for granted."""
+    return (directory / _RECORD).exists() or (directory / ENCRYPTED).exists()
+
+
+def open(directory: Path, cluster: Cluster, *, now: datetime, mint: bool = True, key: Key | None = None) -> Secrets:
     """What was minted for the cluster; mints what is missing. now: an aware datetime, the time of minting.
 
-    With mint=False nothing is minted, and what a machine lacks in there is missing in the mappings.
+    With mint=False nothing is minted, and what a machine lacks in there is missing in the mappings. key opens an
+    encrypted store; None: a passphrase is asked for.
 
     Any number of processes may call it at once, and any of them may be killed at any time. Raises BakeError when the
     store is damaged, readable by others or another cluster's, and, if it mints, when certificates have run out.
     """
-    with _held(directory, make=mint):
+    with _held(directory, key, make=mint) as files:
         if mint and not (directory / ".gitignore").exists():
-            _write(directory, ".gitignore", b"*\n")
-        return _open(directory, cluster, _whole(now), mint)
+            Folder(directory).write(".gitignore", b"*\n")
+        return _open(files, cluster, _whole(now), mint)
 
 
-def rekey(directory: Path, cluster: Cluster, owners: Collection[str], *, now: datetime) -> Secrets:
+def rekey(
+    directory: Path, cluster: Cluster, owners: Collection[str], *, now: datetime, key: Key | None = None
+) -> Secrets:
     """Mints anew whatever these machines (or profiles.DESK) have of their own: keys, token, SSH host key. Their
     certificates, and the time in which they may join, begin now. All of it or nothing; errors as open()'s."""
-    with _held(directory, make=False):
-        return _rekey(directory, cluster, owners, _whole(now))
+    with _held(directory, key, make=False) as files:
+        return _rekey(files, cluster, owners, _whole(now))
 
 
 @contextmanager
-def _held(directory: Path, *, make: bool) -> Iterator[None]:
-    """The folder, private, for this process alone, and with nothing half done in it."""
+def _held(directory: Path, key: Key | None, *, make: bool) -> Iterator[Folder]:
+    """What is in the folder, private, for this process alone, and with nothing half done in it."""
     if not make and not directory.exists():
         raise _nothing(directory)
     try:
-        _prepare(directory)
+        prepare(directory)
         with locked(directory / ".lock"):
-            _finish(directory)
-            yield
+            files = open_files(directory, key or Key())
+            _finish(files)
+            yield files
     except OSError as error:
         raise BakeError(
             f"the secret store cannot be used: {error.strerror or error}",
@@ -214,16 +224,16 @@ class _Held:
     ssh: Mapping[str, SshHostKey]
 
 
-def _open(directory: Path, cluster: Cluster, now: datetime, mint: bool) -> Secrets:
-    held = _read_all(directory, cluster)
+def _open(files: Folder, cluster: Cluster, now: datetime, mint: bool) -> Secrets:
+    held = _read_all(files, cluster)
     if not mint:
         if held is None:
-            raise _nothing(directory)
+            raise _nothing(files.directory)
         return _secrets(cluster, held)
     if held is not None:
-        _check_lifetimes(directory, cluster, held.record, now)
+        _check_lifetimes(files.directory, cluster, held.record, now)
     whole = _complete(cluster, held or _first(cluster, now), now)
-    _commit(directory, held, whole)
+    _commit(files, held, whole)
     return _secrets(cluster, whole)
 
 
@@ -263,11 +273,11 @@ def _complete(cluster: Cluster, held: _Held, now: datetime) -> _Held:
     )
 
 
-def _rekey(directory: Path, cluster: Cluster, owners: Collection[str], now: datetime) -> Secrets:
-    held = _read_all(directory, cluster)
+def _rekey(files: Folder, cluster: Cluster, owners: Collection[str], now: datetime) -> Secrets:
+    held = _read_all(files, cluster)
     if held is None:
-        raise _nothing(directory)
-    _check_authorities(directory, cluster, held.record, now)
+        raise _nothing(files.directory)
+    _check_authorities(files.directory, cluster, held.record, now)
     left = _Held(
         replace(held.record, later={**held.record.later, **dict.fromkeys(owners, now.isoformat())}),
         {name: data for name, data in held.files.items() if not _owners_of([name]) & set(owners)},
@@ -275,7 +285,7 @@ def _rekey(directory: Path, cluster: Cluster, owners: Collection[str], now: date
         {owner: key for owner, key in held.ssh.items() if owner not in owners},
     )
     whole = _complete(cluster, left, now)
-    _commit(directory, held, whole)
+    _commit(files, held, whole)
     return _secrets(cluster, whole)
 
 
@@ -420,74 +430,74 @@ def _text(data: bytes) -> bytes:
 # --- reading
 
 
-def _read_all(directory: Path, cluster: Cluster) -> _Held | None:
+def _read_all(files: Folder, cluster: Cluster) -> _Held | None:
     """None: nothing was minted yet."""
-    record = _read_record(directory, cluster)
+    record = _read_record(files, cluster)
     if record is None:
         return None
-    files = {name: _read_listed(directory, name, digest) for name, digest in record.files.items()}
-    return _Held(record, files, _read_tokens(directory), _read_ssh(directory))
+    listed = {name: _read_listed(files, name, digest) for name, digest in record.files.items()}
+    return _Held(record, listed, _read_tokens(files), _read_ssh(files))
 
 
-def _read_record(directory: Path, cluster: Cluster) -> _Record | None:
+def _read_record(files: Folder, cluster: Cluster) -> _Record | None:
     """cluster.json, or None when nothing was minted yet."""
     try:
-        data = _read(directory, _RECORD)
+        data = files.read(_RECORD)
     except FileNotFoundError:
         left = ("ca", "keys", _TOKENS, "service-account.key", "signing.key", "encryption.key", "serial.seed")
-        if any((directory / name).exists() for name in left):
-            raise _damage(directory, _RECORD, "is missing, though keys are there") from None
+        if any(map(files.exists, left)):
+            raise _damage(files, _RECORD, "is missing, though keys are there") from None
         return None
     try:
-        record = _Record(**_parse(directory, _RECORD, data))
+        record = _Record(**_parse(files, _RECORD, data))
     except TypeError:
         raise BakeError(
             "this secret store was written by another version of Nodebake",
-            where=directory / _RECORD,
-            remedy=f"bake with that version, or {_ANEW.format(path=shlex.quote(str(directory)))}",
+            where=files.directory / _RECORD,
+            remedy=f"bake with that version, or {_ANEW.format(path=shlex.quote(str(files.directory)))}",
         ) from None
     if record.cluster != cluster.name:
         raise BakeError(
             f"this secret store belongs to the cluster {record.cluster!r}, the cluster file describes {cluster.name!r}",
-            where=directory,
+            where=files.directory,
             remedy=f"name the cluster {record.cluster!r} again, or choose another folder with `doit secrets=DIR`",
         )
     if record.keyType != cluster.key_type:
         raise BakeError(
             f"this cluster's keys were minted as {record.keyType}, the cluster file now says {cluster.key_type}",
-            where=directory,
-            remedy=f"write keyType: {record.keyType} again, or {_ANEW.format(path=shlex.quote(str(directory)))}",
+            where=files.directory,
+            remedy=f"write keyType: {record.keyType} again, or {_ANEW.format(path=shlex.quote(str(files.directory)))}",
         )
     return record
 
 
-def _read_listed(directory: Path, name: str, digest: str) -> bytes:
+def _read_listed(files: Folder, name: str, digest: str) -> bytes:
     try:
-        data = _read(directory, name)
+        data = files.read(name)
     except FileNotFoundError:
-        raise _damage(directory, name, "is missing") from None
+        raise _damage(files, name, "is missing") from None
     if hashlib.sha256(data).hexdigest() != digest:
-        raise _damage(directory, name, "is damaged: it is not what was minted")
+        raise _damage(files, name, "is damaged: it is not what was minted")
     return data
 
 
-def _read_tokens(directory: Path) -> dict[str, Token]:
+def _read_tokens(files: Folder) -> dict[str, Token]:
     try:
-        raw = _parse(directory, _TOKENS, _read(directory, _TOKENS))
+        raw = _parse(files, _TOKENS, files.read(_TOKENS))
     except FileNotFoundError:
-        raise _damage(directory, _TOKENS, "is missing") from None
+        raise _damage(files, _TOKENS, "is missing") from None
     return {node: Token(*bearer.split(".")) for node, bearer in raw.items()}
 
 
-def _read_ssh(directory: Path) -> dict[str, SshHostKey]:
+def _read_ssh(files: Folder) -> dict[str, SshHostKey]:
     try:
-        raw = _parse(directory, _SSH, _read(directory, _SSH))
+        raw = _parse(files, _SSH, files.read(_SSH))
     except FileNotFoundError:
         return {}
     return {node: SshHostKey(key["private"].encode(), key["public"]) for node, key in raw.items()}
 
 
-def _parse(directory: Path, name: str, data: bytes) -> dict[str, Any]:
+def _parse(files: Folder, name: str, data: bytes) -> dict[str, Any]:
     """The content of one of the store's JSON files, which carry their own digest."""
     content: dict[str, Any] | None = None
     try:
@@ -498,7 +508,7 @@ def _parse(directory: Path, name: str, data: bytes) -> dict[str, Any]:
         pass
     # Raised out here, so that no exception carries the text, which is secret, into a traceback.
     if content is None:
-        raise _damage(directory, name, "is damaged: it is not what was written")
+        raise _damage(files, name, "is damaged: it is not what was written")
     return content
 
 
@@ -512,53 +522,18 @@ _ANEW = (
 )
 
 
-def _damage(directory: Path, name: str, what: str) -> BakeError:
+def _damage(files: Folder, name: str, what: str) -> BakeError:
     return BakeError(
         f"{name} in the secret store {what}",
-        where=directory / name,
-        remedy="restore the folder from a backup, or " + _ANEW.format(path=shlex.quote(str(directory))),
+        where=files.directory / name,
+        remedy="restore the folder from a backup, or " + _ANEW.format(path=shlex.quote(str(files.directory))),
     )
 
 
-# --- the folder
+# --- writing
 
 
-def _prepare(directory: Path) -> None:
-    if not directory.exists():
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        directory.chmod(0o700)  # whatever the umask took
-    found = directory.stat()
-    if not stat.S_ISDIR(found.st_mode):
-        raise BakeError(
-            "the secret store is not a folder", where=directory, remedy="choose one with `doit secrets=DIR`"
-        )
-    _private(found, directory, directory)
-
-
-def _private(found: os.stat_result, path: Path, directory: Path) -> None:
-    if found.st_uid != os.geteuid():
-        raise BakeError(
-            f"the secret store belongs to user {found.st_uid}, this is user {os.geteuid()}",
-            where=path,
-            remedy=f"bake as its owner, or give it to this user: chown -R {os.geteuid()} {shlex.quote(str(directory))}",
-        )
-    if found.st_mode & 0o077:
-        raise BakeError(
-            "others on this computer may read the secret store",
-            where=path,
-            remedy=f"chmod -R go= {shlex.quote(str(directory))}, and consider whether someone already has",
-        )
-
-
-def _read(directory: Path, name: str) -> bytes:
-    path = directory / name
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    with os.fdopen(descriptor, "rb") as stream:
-        _private(os.fstat(descriptor), path, directory)
-        return stream.read()
-
-
-def _commit(directory: Path, before: _Held | None, whole: _Held) -> None:
+def _commit(files: Folder, before: _Held | None, whole: _Held) -> None:
     """Makes the folder hold this: all of it or nothing, whenever this is cut off."""
     if whole == before:
         return
@@ -570,52 +545,24 @@ def _commit(directory: Path, before: _Held | None, whole: _Held) -> None:
         ssh = {name: {"private": key.private.decode(), "public": key.public} for name, key in sorted(whole.ssh.items())}
         changed[_SSH] = _sealed(ssh)
     changed[_RECORD] = _sealed(asdict(replace(whole.record, files=digests)))
-    _write(directory, _JOURNAL, _sealed({name: data.decode() for name, data in changed.items()}))
-    _sync(directory)
-    _finish(directory)
+    files.write(_JOURNAL, _sealed({name: data.decode() for name, data in changed.items()}))
+    files.sync([_JOURNAL])
+    _finish(files)
 
 
-def _finish(directory: Path) -> None:
+def _finish(files: Folder) -> None:
     """Does what the journal says, if there is one."""
     try:
-        told = _parse(directory, _JOURNAL, _read(directory, _JOURNAL))
+        told = _parse(files, _JOURNAL, files.read(_JOURNAL))
     except FileNotFoundError:
-        _temporary(directory / _JOURNAL).unlink(missing_ok=True)  # of one that was cut off before it held
+        files.remove(f"{_JOURNAL}{UNDER_WAY}")  # of one that was cut off before it held
         return
     for name, text in told.items():
-        _write(directory, name, text.encode())
-    for folder in sorted({(directory / name).parent for name in told} | {directory / "keys", directory}):
-        _sync(folder)
-    (directory / _JOURNAL).unlink()
+        files.write(name, text.encode())
+    files.sync([*told, "keys/_", _RECORD])
+    files.remove(_JOURNAL)
+    files.commit()
 
 
 def _sealed(content: object) -> bytes:
     return json.dumps({"sha256": _digest(content), "content": content}, indent=1).encode() + b"\n"
-
-
-def _write(directory: Path, name: str, data: bytes) -> None:
-    """Whole or not at all. Only the lock's holder writes, so a fixed temporary name serves."""
-    path = directory / name
-    for folder in reversed([*path.relative_to(directory).parents][:-1]):
-        (directory / folder).mkdir(mode=0o700, exist_ok=True)
-        (directory / folder).chmod(0o700)
-    temporary = _temporary(path)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(descriptor, "wb") as stream:
-        os.fchmod(descriptor, 0o600)
-        stream.write(data)
-        stream.flush()
-        os.fsync(descriptor)
-    temporary.rename(path)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(path.name + ".new")
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
