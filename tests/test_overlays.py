@@ -216,7 +216,7 @@ def test_executables(cluster: Cluster, node: Node) -> None:
 def test_only_root_reads_what_roots_daemons_are_told(cluster: Cluster, node: Node) -> None:
     """As the CIS Kubernetes Benchmark has it (1.1, 4.1); what a daemon with its own user reads, all may read."""
     private = {file.path for file in payload(cluster, node.role) if file.mode == 0o600}
-    named = {f"{UNITS}{name}" for name in units(cluster, node) if re.match("etcd|kube", name)}
+    named = {f"{UNITS}{name}" for name in units(cluster, node) if re.match("etcd|kube-[acs]|kubelet", name)}
     if node.runs_kubelet:
         named |= {f"/etc/kubernetes/{name}" for name in ("kubelet.yaml", "kube-proxy.yaml", "kube-proxy.conf")}
     flannel = {f"/etc/kubernetes/{name}" for name in ("flanneld.conf", "flannel-net-conf.json")}

@@ -35,7 +35,9 @@ CIPHERS = tuple(
 )
 
 # What root's own daemons and systemd read, nobody else: the CIS Kubernetes Benchmark wants it so (1.1, 4.1).
-_ROOTS_ALONE = re.compile(r"/etc/systemd/system/(etcd|kube).*|/etc/kubernetes/(flannel|kube-proxy|kubelet).*")
+_ROOTS_ALONE = re.compile(
+    r"/etc/systemd/system/(etcd|kube-[acs].*|kubelet)\.service|/etc/kubernetes/(flannel|kube-proxy|kubelet).*"
+)
 
 # What an EnvironmentFile of systemd and a POSIX shell read the same way between single quotes.
 _PLAIN = re.compile(r"[^'\\\x00-\x1f\x7f]*")
