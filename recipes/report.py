@@ -158,7 +158,13 @@ def _size_of(cluster: Cluster) -> list[tuple[str, str]]:
     told += [(f"{role} wants", str(wanted)) for role, wanted in sizing.machines(cluster).items()]
     cpus, memory = sizing.WORKER_OVERHEAD
     told.append(("worker wants", f"what its pods want, {cpus} CPUs and {memory} MiB"))
-    return [*told, ("etcd's disk", f"one synchronous write in under {sizing.SYNC_LIMIT} ms (99th percentile)")]
+    return [
+        *told,
+        (
+            "etcd's disk",
+            f"one synchronous write in under {sizing.SYNC_LIMIT} ms (99th percentile); first boot measures it",
+        ),
+    ]
 
 
 def machine(bake: Bake, node: Node) -> str:

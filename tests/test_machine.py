@@ -138,8 +138,9 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
         for module in ("overlay", "br_netfilter", "nf_conntrack", "nf_tables", "vxlan"):
             machine.path(f"/sys/module/{module}").mkdir(parents=True)
         machine.write("/sys/fs/cgroup/cgroup.controllers", "cpuset cpu io memory hugetlb pids rdma misc\n")
-        if not machine.path("/dev/null").exists():
-            host.run(["mknod", "-m", "666", machine.path("/dev/null"), "c", "1", "3"])
+        for name, minor in (("null", "3"), ("zero", "5")):
+            if not machine.path(f"/dev/{name}").exists():
+                host.run(["mknod", "-m", "666", machine.path(f"/dev/{name}"), "c", "1", minor])
         machine.path("/medium").mkdir()
         shutil.copy(PROGRAM, machine.path("/medium/first-boot"))
         yield machine
@@ -194,10 +195,14 @@ def lacking_module(machine: Machine) -> None:
     machine.path("/sys/module/vxlan").rmdir()
 
 
-def foreign_data(machine: Machine) -> None:
-    machine.path("/var/lib/etcd/member").mkdir(parents=True)
+def as_control_plane(machine: Machine) -> None:
     machine.write("/proc/net/fib_trie", FIB_TRIE.format(address="192.168.10.11"))
     machine.write("/sys/class/net/eth0/address", "52:54:00:00:10:0b\n")
+
+
+def foreign_data(machine: Machine) -> None:
+    machine.path("/var/lib/etcd/member").mkdir(parents=True)
+    as_control_plane(machine)
 
 
 def unfit_package(machine: Machine) -> None:
@@ -299,10 +304,43 @@ def test_a_machine_that_fits_goes_on_to_its_units(machine: Machine, tarballs: di
     order = ["medium", "verify", "machine", "place", "users", "packages", "units"]
     assert steps[:14] == [(step, state) for step in order for state in ("begun", "done")], said
     assert "etcd:x:801:801:" in machine.path("/etc/passwd").read_text()
+    measured = machine.path("/var/lib/nodebake/etcd-disk")
+    assert measured.exists() == (which == "control-plane") == ("etcd's disk" in said)
+    assert not list(machine.path("/var/lib").rglob("*writes")), "nothing is left of the measurement"
     assert machine.version("haproxy") == machine.version("nftables") == "1", "what was lacking or older is installed"
     assert machine.version("openssl") == had != "1", "nothing becomes older"
     assert not machine.path("/var/lib/nodebake/installed").exists(), "it is not healthy yet"
     assert machine.path("/var/lib/nodebake/placed").exists()
+
+
+DD = """#!/bin/sh
+echo 'NUMBER+0 records out' >&2
+echo 'NUMBER bytes (x kB, x KiB) copied, 1.5 s, x kB/s' >&2
+exit 130
+"""
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        (2300 * 100, "WARNING: etcd's disk is slow: a synchronous write takes 15.00 ms"),
+        (2300 * 150, "WARNING: etcd's disk is slow: a synchronous write takes 10.00 ms"),
+        (2300 * 151, "etcd's disk: a synchronous write takes 9.93 ms"),
+        (0, ""),
+    ],
+)
+def test_a_slow_disk_is_told_and_keeps_nothing_from_going_on(
+    machine: Machine, tarballs: dict[str, Path], written: int, told: str
+) -> None:
+    """Also where dd was stopped since the disk was that slow, or could not write at all."""
+    machine.write("/usr/local/bin/dd", DD.replace("NUMBER", str(written)))
+    machine.path("/usr/local/bin/dd").chmod(0o755)
+    as_control_plane(machine)
+    shutil.copy(tarballs["control-plane"], machine.path("/medium/node.tar.gz"))
+    said = until_it_waits(machine)
+    assert told in said
+    assert ("etcd's disk" in said) == bool(told)
+    assert machine.path("/var/lib/nodebake/etcd-disk").exists() == bool(told)
 
 
 # ---- a later artifact

@@ -32,7 +32,7 @@ from machine.scrub import HIDDEN, Scrubber
 from machine.system import System, run
 
 from recipes import certificates
-from recipes.kit import overlay, store
+from recipes.kit import overlay, sizing, store
 from recipes.kit.model import Cluster, Node, Registry
 from tests import artifacts, samples
 from tests.layout import Layout, on_loopback
@@ -592,6 +592,32 @@ def test_after_first_boot_all_is_done(worker: Baked) -> None:
     worker.journal(*lines("medium begun looking", "medium done", "units done", "report begun up", "report done"))
     worker.install()
     assert steps(worker.system) == dict.fromkeys(["medium", "units", "report"], "done")
+
+
+@pytest.mark.parametrize(("took", "slow"), [("0.41", False), ("9.99", False), ("10.00", True), ("231.07", True)])
+def test_what_etcds_disk_took_is_told(took: str, slow: bool, plane: Baked, well: Callable[..., None]) -> None:
+    well()
+    plane.put(firstboot.DISK, f"{took}\n")
+    found = status.gather(plane.system)
+    assert found.etcd_write == float(took)
+    assert any("etcd's disk was slow" in warning for warning in found.warnings) == slow
+    assert f"{float(took)} ms a synchronous write" in "\n".join(report.lines(found, colour=False))
+
+
+@pytest.mark.parametrize("text", [None, "", "what\n"])
+def test_without_a_measurement_nothing_is_told_of_etcds_disk(
+    text: str | None, plane: Baked, well: Callable[..., None]
+) -> None:
+    well()
+    if text is not None:
+        plane.put(firstboot.DISK, text)
+    found = status.gather(plane.system)
+    assert found.etcd_write is None
+    assert "etcd's disk" not in "\n".join(report.lines(found, colour=False))
+
+
+def test_etcds_disk_is_slow_from_what_the_documentation_says() -> None:
+    assert status.SLOW == sizing.SYNC_LIMIT
 
 
 # ---- certificates

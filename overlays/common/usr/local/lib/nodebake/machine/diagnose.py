@@ -42,6 +42,7 @@ FILES = (
     *("etc/os-release", "proc/cmdline", "proc/meminfo", "proc/pressure/*", "proc/sys/kernel/tainted"),
     *("opt/nodebake/manifest/*.json", "opt/nodebake/manifest/*.tree", "opt/nodebake/manifest/*.SHA256SUMS"),
     *("var/lib/nodebake/journal", "var/lib/nodebake/installed", "var/lib/nodebake/placed"),
+    "var/lib/nodebake/etcd-disk",
     *("run/cloud-init/status.json", "run/cloud-init/result.json", "var/lib/cloud/data/*.json"),
 )
 LOGS = (

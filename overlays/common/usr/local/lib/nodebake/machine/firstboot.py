@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from machine.system import System
 
 JOURNAL, INSTALLED = "/var/lib/nodebake/journal", "/var/lib/nodebake/installed"
+DISK = "/var/lib/nodebake/etcd-disk"
 STEPS = (
     *("medium", "verify", "machine", "place", "users", "packages", "units"),
     *("health", "clean", "report"),
@@ -78,6 +79,14 @@ def look(system: System) -> FirstBoot:
         elif not installed:
             steps.append(Step(name, "not yet", None, ""))
     return FirstBoot(installed, steps, _waits(last_run))
+
+
+def etcd_write(system: System) -> float | None:
+    """Milliseconds that a synchronous write to etcd's disk took before etcd began; None where that was not measured."""
+    try:
+        return float(system.text(DISK, 100) or "")
+    except ValueError:
+        return None
 
 
 def _current(name: str, own: list[_Event]) -> Step:

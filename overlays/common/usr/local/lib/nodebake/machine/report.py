@@ -31,6 +31,8 @@ def lines(status: Status, *, colour: bool, now: datetime | None = None) -> list[
     ]
     page.table("first boot", steps, {"done": _GOOD, "refused": _BAD, "not yet": _FAINT})
     page.listed("first boot waits for", [[wait.what, _since(wait.since, now)] for wait in status.first_boot.waits], "")
+    if status.etcd_write is not None:
+        page.listed("etcd's disk, before etcd began", [[f"{status.etcd_write} ms a synchronous write"]], "")
     units = [
         (
             "bad" if unit.problem else "good",

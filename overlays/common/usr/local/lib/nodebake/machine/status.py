@@ -19,6 +19,7 @@ from machine.units import Unit
 _MANIFEST = "/opt/nodebake/manifest/node.json"
 _ENVIRONMENT = "/etc/nodebake/node.env"
 _INVENTORY = "etc/nodebake/inventory.json"  # on control planes only
+SLOW = 10  # milliseconds for one synchronous write of etcd's (etcd.io, FAQ)
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Machine:
 @dataclass(frozen=True)
 class Status:
     """problems: why it is not healthy, or not installed; warnings: what will be one; unseen: what could not be looked
-    at, and why. All for people."""
+    at, and why. All for people. etcd_write: milliseconds for a synchronous write, as first boot measured it."""
 
     machine: Machine
     first_boot: FirstBoot
@@ -47,6 +48,7 @@ class Status:
     problems: list[str]
     warnings: list[str]
     unseen: list[str]
+    etcd_write: float | None = None
 
     @property
     def healthy(self) -> bool:
@@ -73,7 +75,12 @@ def gather(system: System, now: datetime | None = None) -> Status:
     found = certificates.look(system, now)
     problems += [f"{each.path} {each.problem}" for each in found if each.problem]
     warnings += [f"{each.path} {each.warning}" for each in found if each.warning]
-    return Status(identity(system), first_boot, asked, answers, found, problems, warnings, system.unseen)
+    etcd_write = firstboot.etcd_write(system)
+    if etcd_write is not None and etcd_write >= SLOW:
+        warnings.append(
+            f"etcd's disk was slow before etcd began: {etcd_write} ms a synchronous write, {SLOW} are the most"
+        )
+    return Status(identity(system), first_boot, asked, answers, found, problems, warnings, system.unseen, etcd_write)
 
 
 def health(system: System) -> list[str]:
