@@ -20,7 +20,7 @@ from recipes.kit import graph, inventory, overlay, store, vault
 from recipes.kit.choices import Choices
 from recipes.kit.download import Desk
 from recipes.kit.errors import BakeError, BakeErrors
-from recipes.kit.graph import Same, action, argument
+from recipes.kit.graph import SIDE_BY_SIDE, Same, action, argument
 from recipes.kit.model import Arch, Node, Source
 from recipes.kit.profiles import ADMIN_CONF, DESK
 from recipes.kit.progress import for_this_terminal
@@ -139,6 +139,7 @@ def task_node() -> Iterator[Task]:
         yield {
             "name": node.name,
             "actions": [action(bake().make_node, node)],
+            "meta": SIDE_BY_SIDE,
             "file_dep": [bake().payload_record(node.role, node.arch), *templates],
             "targets": [bake().tarball(node), bake().seed(node)],
             "uptodate": [Same(bake().inputs_of_node, node)],
@@ -153,6 +154,7 @@ def task_certs() -> Iterator[Task]:
         yield {
             "name": node.name,
             "actions": [action(bake().make_certs, node)],
+            "meta": SIDE_BY_SIDE,
             "file_dep": [bake().payload_record(node.role, node.arch), *templates],
             "targets": [bake().certs(node)],
             "uptodate": [Same(bake().inputs_of_node, node)],

@@ -47,6 +47,15 @@ nodes:
   - {name: etcd-1, role: etcd, address: 192.168.10.31}
   - {name: control-1, role: control-plane, address: 192.168.10.11}
 """
+MANY = """\
+name: many
+media: thin
+machineNetwork: {subnet: 192.168.10.0/24, interface: eth0}
+nodes:
+  - {name: control-1, role: control-plane, address: 192.168.10.11}
+pools:
+  - {name: worker, role: worker, count: 60, firstAddress: 192.168.10.21}
+"""
 
 
 @dataclass(frozen=True)
@@ -134,7 +143,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     if not REMEMBERED.exists():  # nothing was baked here before: the cache is filled by the sample cluster
         request.getfixturevalue("baked")
     project = copy_project(tmp_path_factory.mktemp("graph"))
-    for name, text in (("small", SMALL), ("apart", APART)):
+    for name, text in (("small", SMALL), ("apart", APART), ("many", MANY)):
         (project.clusters / f"{name}.yaml").write_text(text)
         project.remember(name)
     return project
@@ -167,6 +176,14 @@ def apart(project: Project) -> Desk:
     """The machine etcd-1 with full media: what is packed fastest."""
     desk = Desk(project, "apart")
     desk.doit("node:etcd-1")
+    return desk
+
+
+@pytest.fixture(scope="module")
+def many(project: Project) -> Desk:
+    """So many machines that they are baked side by side."""
+    desk = Desk(project, "many")
+    desk.doit("node")
     return desk
 
 
@@ -583,6 +600,45 @@ def test_cut_off_anywhere_the_next_run_continues(
     assert made(apart.doit("node:etcd-1")) == left
     assert apart.digests() == before
     assert not list(apart.build.glob("*/.*")), "what a killed run left is gone"
+
+
+def without_machines(desk: Desk) -> dict[str, str]:
+    """Removes the machines' artifacts; what they were."""
+    before = desk.digests()
+    for kind in ("nodes", "seeds"):
+        shutil.rmtree(desk.build / kind)
+    return before
+
+
+def test_machines_are_the_same_whether_baked_side_by_side_or_not(many: Desk) -> None:
+    before = without_machines(many)
+    assert len(made(many.doit("node"))) == 61
+    assert many.digests() == before
+    without_machines(many)
+    command = ["taskset", "--cpu-list", "0", *many.project.command("node", f"cluster={many.file}")]
+    subprocess.run(command, cwd=many.project.root, check=True, capture_output=True)
+    assert many.digests() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_cut_off_between_many_machines_the_next_run_continues(many: Desk, number: signal.Signals) -> None:
+    before = without_machines(many)
+    process = many.start("node")
+    while process.poll() is None and len(list(many.build.glob("seeds/*.iso"))) < 10:
+        time.sleep(0.001)
+    process.send_signal(number)  # not to its processes, as a service manager does it
+    told = process.communicate(timeout=60)[0]
+    assert process.returncode == (-9 if number == signal.SIGKILL else 130), told
+    assert "Traceback" not in told
+    there = many.digests()
+    assert 0 < len(there) < len(before) and there.items() <= before.items()
+    if number != signal.SIGKILL:
+        assert "the next doit continues" in told
+        assert not list(many.build.glob("*/.*")), "it tidies up"
+    assert "Another bake" not in (told := many.doit("node")), "nothing of the killed run is left"
+    assert len(made(told)) < 61 or number == signal.SIGKILL
+    assert many.digests() == before
+    assert not list(many.build.glob("*/.*"))
 
 
 @pytest.mark.parametrize("begun", ["nodes/.etcd-1.tar.gz.*", "seeds/.etcd-1.iso.*"], ids=["node", "seed"])

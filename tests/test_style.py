@@ -20,6 +20,7 @@ ORDER = [
         "kit.sizing",
         "kit.progress",
         "kit.locks",
+        "kit.crew",
         "kit.atomic",
         "kit.hashing",
         "kit.shell",

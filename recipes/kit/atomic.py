@@ -6,7 +6,7 @@ import fcntl
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -48,6 +48,17 @@ def replacing(target: Path, *, mode: int = 0o600, keep: bool = False, later: boo
         _unsettled.append(target)
     else:
         _sync(target.parent)
+
+
+def unsettled() -> list[Path]:
+    """What replacing() left for later in this process, which forgets it: for to_settle() in another one."""
+    told = [*_unsettled]
+    _unsettled.clear()
+    return told
+
+
+def to_settle(others: Iterable[Path]) -> None:
+    _unsettled.extend(others)
 
 
 def settle() -> None:

@@ -20,21 +20,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from doit import doit_cmd, get_var
+from doit import cmd_run, doit_cmd, get_var
 from doit.cmd_base import DodoTaskLoader, DoitCmdBase
 from doit.cmd_clean import Clean as DoitClean
 from doit.cmd_run import Run as DoitRun
 from doit.dependency import FileChangedChecker, SqliteDB
-from doit.exceptions import InvalidCommand, TaskFailed
+from doit.exceptions import InvalidCommand, InvalidTask, TaskFailed
 from doit.reporter import ConsoleReporter
+from doit.runner import Runner as DoitRunner
 
-from recipes.kit.atomic import settle
+from recipes.kit.atomic import settle, to_settle, unsettled
+from recipes.kit.crew import CORES, Crew
 from recipes.kit.errors import BakeError, BakeErrors
 from recipes.kit.hashing import sha256_of
 from recipes.kit.locks import locked
 
 BUILD = Path("build")
 SECONDS = 2.0  # of work that SIGKILL may cost
+SIDE_BY_SIDE: dict[str, str] = {}  # a task's `meta`, where it may run beside others of its kind
+WORTH_A_CREW = 20  # such tasks; fewer are done before there are other processes
 # doit's others are for mending doit itself.
 COMMANDS = ("clean", "decrypt", "encrypt", "help", "info", "list", "rekey", "verify")
 
@@ -142,6 +146,58 @@ class Run(DoitRun):  # type: ignore[misc]
         except KeyboardInterrupt:
             print("Interrupted. Nothing half-written counts as done; the next doit continues.", file=sys.stderr)
             return 130
+
+
+class Runner(DoitRunner):  # type: ignore[misc]
+    """doit's, but that tasks of which there are many and each is small (`SIDE_BY_SIDE` in their `meta`) run in several
+    processes. doit's own way to do that would run every task so, and leaves processes behind when it is killed."""
+
+    def run_tasks(self, task_dispatcher: Any) -> None:
+        self._tasks = task_dispatcher.tasks
+        many = sum(self._small(task) for task in self._tasks.values()) >= WORTH_A_CREW
+        if not many or CORES == 1:
+            super().run_tasks(task_dispatcher)
+            return
+        ready, node = task_dispatcher.generator, None
+        with Crew(self._make) as crew:
+            self._nodes = {}
+            while not self._stop_running:
+                try:
+                    node = ready.send(node)  # what was done, for what is next
+                except StopIteration:
+                    break
+                if node == "hold on":  # all that is left waits for what runs
+                    node = self._end_one(crew)
+                elif self.select_task(node, self._tasks):
+                    if self._small(node.task):
+                        self.reporter.execute_task(node.task)
+                        self._nodes[node.task.name] = node
+                        crew.begin(node.task.name)
+                        node = self._end_one(crew) if crew.busy else None
+                    else:
+                        self.process_task_result(node, self.execute_task(node.task))
+            while crew:
+                self._end_one(crew)
+
+    def _small(self, task: Any) -> bool:
+        return task.meta is SIDE_BY_SIDE
+
+    def _make(self, name: str) -> tuple[Any, list[Path]]:
+        """In another process: how it failed, if it did, and what it has left to sync."""
+        return self._tasks[name].execute(self.stream), unsettled()
+
+    def _end_one(self, crew: Crew[tuple[Any, list[Path]]]) -> Any:
+        try:
+            name, (failure, left) = crew.next()
+        except BakeError as error:
+            raise InvalidTask(_in_words(error)) from error
+        to_settle(left)
+        node = self._nodes.pop(name)
+        self.process_task_result(node, failure)
+        return node
+
+
+cmd_run.Runner = Runner  # doit has no other place to say it
 
 
 class Clean(DoitClean):  # type: ignore[misc]
