@@ -61,16 +61,16 @@ def identity(title: str, payload_title: str, sums: str, made: datetime) -> File:
     """The document of what one machine alone has: nothing that was fetched, but the payload that it belongs to.
 
     sums: SHA-256 (hex) of the payload's SHA256SUMS."""
-    top, part = title, payload_title
+    top, part = f"machine:{title}", f"payload:{payload_title}"  # a machine may be called as a payload is
     entry = {
         "type": "application",
         "bom-ref": part,
-        "name": part,
+        "name": payload_title,
         "hashes": _hashes(sums),
         "externalReferences": [{"type": "bom", "url": PurePosixPath(PATH).name}],  # beside it
         "properties": [{"name": "nodebake:path", "value": f"{manifest.FOLDER}/payload.SHA256SUMS"}],
     }
-    component = {"type": "application", "bom-ref": top, "name": top}
+    component = {"type": "application", "bom-ref": top, "name": title}
     return File(IDENTITY, data=_written(component, {part: entry}, {top: {part}}, made))
 
 

@@ -90,6 +90,13 @@ def test_a_machines_own_part_names_its_payload(tmp_path: Path) -> None:
     assert bom.IDENTITY.encode().lstrip(b"/") in sums, "it is signed as every other file"
 
 
+def test_a_machine_may_be_called_as_its_payload_is() -> None:
+    document = parsed(bom.identity("ha/worker-amd64", "ha/worker-amd64", "ab" * 32, artifacts.NOW).data or b"")
+    [part] = document["components"]
+    assert document["metadata"]["component"]["name"] == part["name"]
+    assert document["metadata"]["component"]["bom-ref"] != part["bom-ref"]
+
+
 def test_a_released_file_says_where_it_was_fetched_from(tmp_path: Path) -> None:
     component = load_components()["etcd"]
     program = artifacts.Parts(tmp_path).binary("etcd", "etcd")

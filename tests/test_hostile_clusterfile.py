@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+import yaml
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recipes import certificates, images, node, seed
@@ -371,5 +372,102 @@ def test_any_text_in_a_field(name: str, loc: Loc, harmless: dict[str, Harmless])
     @given(text=hostile(given_there))
     def tried(text: str) -> None:
         try_it(loc, text, before)
+
+    tried()
+
+
+def as_read(tree: Any) -> Any:
+    """As a reader of YAML that takes every word for text."""
+    if isinstance(tree, dict):
+        return {key: as_read(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [as_read(value) for value in tree]
+    return tree if isinstance(tree, str) else json.dumps(tree)
+
+
+@settings(max_examples=80, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_text_without_quotes(data: st.DataObject, harmless: dict[str, Harmless]) -> None:
+    """What is accepted is what every reader takes it for."""
+    before = harmless["shared"]
+    loc = data.draw(st.sampled_from(list(slots(SHARED))))
+    key = loc[-1] == "[key]"
+    text = data.draw(hostile(str(loc[-2] if key else at(before.tree, loc))))
+    tree = with_text(before.tree, loc, Bare(text))
+    try:
+        after = loaded(tree, before.folder)
+    except BakeErrors as error:
+        assert all(isinstance(one.where, Place) and one.where.line and one.where.column for one in error.errors)
+        assert all(char.isprintable() or char == "\n" for char in str(error))
+        return
+    read = yaml.load(written(tree), Loader=yaml.BaseLoader)  # noqa: S506 - it makes texts alone
+    try:
+        (found,) = at(read, loc[:-2]) if key else (at(read, loc),)
+    except (LookupError, TypeError, ValueError):
+        return  # it is another file, with other keys: each of them is looked at as well
+    if read == as_read(with_text(before.tree, loc, found)):
+        now = expected(loc, found, before, after)
+        if now is not None:
+            there = everything(after, named(before.secrets, before.cluster, after))
+            assert reading.replaced(there, {}) == now
+
+
+# ---- past the door --------------------------------------------------------------------------------------------------
+
+
+def put(tree: Any, old: str, new: str) -> Any:
+    """The same model with another text, which no rule of the cluster file has seen."""
+    if isinstance(tree, str):
+        return tree.replace(old, new)
+    if isinstance(tree, tuple):
+        return tuple(put(item, old, new) for item in tree)
+    if is_dataclass(tree) and not isinstance(tree, type):
+        return replace(tree, **{field.name: put(getattr(tree, field.name), old, new) for field in fields(tree)})
+    return tree
+
+
+UNCHECKED = (
+    *("q-cluster", "q-domain.test", "q-endpoint.test", "q-san.test", "q-search.test", "q-time.test", "192.168.10.252"),
+    *("http://q-payloads.test:8080/q", "q-class", "q_user", samples.SSH_KEY, "q-registry.test:5000", "q-puller"),
+    *(
+        "https://q-mirror.test/q",
+        "q-control",
+        "52:54:00:00:10:0b",
+        "q-card",
+        "Q-SERIAL",
+        "q-worker",
+        "q-link",
+        "q-other",
+    ),
+    *("q-label.test/q-key", "q-value", "q-storage", "q-volume", "/srv/q-path", "77Gi", "q-pool", "Q-NUMBER"),
+)
+
+OTHERWISE = {
+    "q-puller": {":"},  # ends the name, and nothing can be quoted there (RFC 7617): that is for the rule alone
+    "q-other": {"*", "?", "["},  # a pattern
+}
+
+
+@pytest.mark.parametrize("old", UNCHECKED)
+def test_what_no_rule_has_seen_is_quoted_all_the_same(old: str, harmless: dict[str, Harmless]) -> None:
+    """Templates do not rely on the cluster file's rules: what they cannot write is an error."""
+    before = harmless["shared"]
+
+    @settings(max_examples=5, deadline=None, database=None)
+    @given(new=hostile(old))
+    def tried(new: str) -> None:
+        if set(new) & OTHERWISE.get(old, set()):
+            return
+        after = put(before.cluster, old, new)
+        try:
+            there = everything(after, named(before.secrets, before.cluster, after))
+        except (BakeError, ValueError):
+            return
+        swapped = {old: new.rstrip("/")} if old.startswith("http:") else {old: new}
+        now = reading.replaced(before.machines, swapped)
+        for path, content in now.items():
+            if path.endswith("hosts.toml") and old.startswith("https:") and re.search("/v2(/|$)", new):
+                content["host"][new]["override_path"] = True
+        assert reading.replaced(there, {}) == now
 
     tried()
