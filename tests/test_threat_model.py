@@ -55,3 +55,10 @@ def test_every_row_says_what_remains_and_names_a_test() -> None:
 
 def test_it_is_found() -> None:
     assert "(recipes/threat-model.md)" in (ROOT / "README.md").read_text()
+
+
+def test_its_links_lead_somewhere() -> None:
+    for path, anchor in re.findall(r"\]\(([^)#]*)#([^)]+)\)", MODEL.read_text()):
+        text = ((MODEL.parent / path) if path else MODEL).read_text()
+        heads = [re.sub(r"[^\w -]", "", head).strip().lower() for head in re.findall(r"^#+ (.*)$", text, re.MULTILINE)]
+        assert anchor in {head.replace(" ", "-") for head in heads}, anchor
