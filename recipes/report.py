@@ -10,7 +10,7 @@ from pathlib import Path
 
 from recipes.bake import Bake, some
 from recipes.kit import sizing, store
-from recipes.kit.model import Cluster, Node
+from recipes.kit.model import SCALES, Cluster, Node
 from recipes.kit.profiles import ADMIN_CONF, DESK, expiries
 from recipes.kit.progress import amount
 from recipes.records import read_fetched, read_images
@@ -145,16 +145,12 @@ def _size_of(cluster: Cluster) -> list[tuple[str, str]]:
     """What the number of nodes sets, and which machines it wants (recipes/clusters/README.md, Sizes)."""
     size, nodes = sizing.of(cluster), len(cluster.kubelets)
     told = [
-        (
-            "sized for",
-            f"up to {size.workers:,} workers: each API server takes {size.max_requests_inflight:,} reading and"
-            f" {size.max_mutating_requests_inflight:,} writing requests at a time",
-        ),
+        ("sized for", f"up to {size.workers:,} workers: each API server takes {size.requests:,} requests at a time"),
         ("heartbeats", f"{sizing.heartbeats(nodes):,.1f} writes/s of {nodes:,} nodes"),
     ]
-    if cluster.pod_network == "flannel":
-        cost = f"up to {sizing.watch_bytes(nodes) / 1e6:,.1f} MB/s"
-        told.append(("flannel", f"{sizing.watch_events(nodes):,.1f} events/s from all API servers, {cost}"))
+    if cluster.pod_network == "flannel" and size.workers > SCALES[0]:
+        cost = f"{sizing.watch_bytes(nodes) / 1e6:,.0f} MB/s at {sizing.NODE_OBJECT // 1000} kB a Node"
+        told.append(("flannel", f"{sizing.watch_events(nodes):,.0f} events/s from all API servers, {cost}"))
     told += [(f"{role} wants", str(wanted)) for role, wanted in sizing.machines(cluster).items()]
     cpus, memory = sizing.WORKER_OVERHEAD
     told.append(("worker wants", f"what its pods want, {cpus} CPUs and {memory} MiB"))
@@ -162,7 +158,7 @@ def _size_of(cluster: Cluster) -> list[tuple[str, str]]:
         *told,
         (
             "etcd's disk",
-            f"one synchronous write in under {sizing.SYNC_LIMIT} ms (99th percentile); first boot measures it",
+            f"one synchronous write in under {sizing.SYNC_LIMIT} ms (99th percentile); first boot measures the average",
         ),
     ]
 

@@ -701,9 +701,9 @@ class _Rules:
             events, megabytes = sizing.watch_events(nodes), sizing.watch_bytes(nodes) / 1e6
             self.warn(
                 f"flannel on {nodes} nodes: each watches all, and keeps a route and a neighbour entry for every other."
-                f" While nothing changes, the API servers send {events:,.0f} events a second for it, up to"
-                f" {megabytes:,.0f} MB/s. podNetwork: none, and by extraObjects a network whose agents do not watch all"
-                " Nodes, spare that (recipes/clusters/README.md, Sizes)"
+                f" While nothing changes, the API servers send {events:,.0f} events a second for it, at"
+                f" {sizing.NODE_OBJECT // 1000} kB a Node {megabytes:,.0f} MB/s. podNetwork: none, and by extraObjects"
+                " a network whose agents do not watch all Nodes, spare that (recipes/clusters/README.md, Sizes)"
             )
 
     # The rest

@@ -12,11 +12,11 @@ gci/configure-kubeapiserver.sh), by which Kubernetes' own scalability tests made
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from recipes.kit.model import SCALES, Cluster, Role
 
-NODE_OBJECT = 15_000  # bytes of a Node with many images and volumes (KEP-589)
+NODE_OBJECT = 15_000  # bytes of a Node with many images and volumes (KEP-589); others are smaller
 SYNC_LIMIT = 10  # milliseconds for one synchronous write of etcd's, 99th percentile (etcd.io, FAQ)
 WORKER_OVERHEAD = (0.2, 712)  # CPUs and MiB that a kubelet keeps back from pods: reserved, and the eviction threshold
 
@@ -26,7 +26,7 @@ class Sizing:
     """What payloads are given for up to so many workers. Times are in seconds."""
 
     workers: int
-    max_requests_inflight: int  # of each API server, so that one can carry the load of all
+    max_requests_inflight: int  # these two are of each API server, so that one can carry the load of all
     max_mutating_requests_inflight: int
     probes: tuple[int, int]  # between two of a worker's balancer: while a server is up, while it is down
 
@@ -41,6 +41,11 @@ class Sizing:
     status_report: int = 300  # a Node's status is written that often while nothing in it changes
     conntrack_per_core: int = 32_768
     conntrack_min: int = 131_072
+
+    @property
+    def requests(self) -> int:
+        """What an API server takes at a time: its priority and fairness adds both limits up."""
+        return self.max_requests_inflight + self.max_mutating_requests_inflight
 
 
 _SIZES = {
@@ -67,13 +72,13 @@ def heartbeats(nodes: int) -> float:
 
 
 def watch_events(nodes: int) -> float:
-    """Events a second, of up to NODE_OBJECT bytes, where every node watches every Node as flanneld does, and nothing
-    changes. All API servers together send them."""
+    """Events a second where every node watches every Node, as flanneld does, and nothing changes. All API servers
+    together send them."""
     return nodes * nodes / _LARGEST.status_report
 
 
 def watch_bytes(nodes: int) -> float:
-    """watch_events() in bytes a second, at the most."""
+    """The same in bytes a second, with Nodes of NODE_OBJECT bytes."""
     return watch_events(nodes) * NODE_OBJECT
 
 
@@ -96,7 +101,7 @@ class Machine:
         return f"{self.cpus} CPUs, {self.memory} GiB{disk}"
 
 
-# nodes -> control plane (with etcd on it or without), etcd on a machine of its own, load balancer.
+# nodes -> control plane (the disk: with etcd on it), etcd on a machine of its own, load balancer.
 # Control planes: kube-up's get-master-size, one machine with etcd on it, at 4 GiB a CPU. etcd: the examples of etcd.io,
 # hardware, for 50, 250, 1,000 and 3,000 nodes. Disks: 80 GB at the least (etcd.io, FAQ), and kube-up's
 # get-master-disk-size. Load balancers: five connections a node, each with two buffers of 16 kB (HAProxy, tune.bufsize).
@@ -108,14 +113,16 @@ _MACHINES = {
     1_000: (Machine(32, 128, 100), Machine(8, 32, 100), Machine(2, 1)),
     5_000: (Machine(32, 128, 200), Machine(16, 64, 200), Machine(4, 2)),
 }
-_ROLES: tuple[Role, ...] = ("control-plane", "etcd", "load-balancer")
 
 
 def machines(cluster: Cluster) -> dict[Role, Machine]:
     """What each role of this cluster wants, workers left out: pods decide about those."""
     nodes = len(cluster.kubelets)
-    wanted = next((row for step, row in _MACHINES.items() if nodes <= step), _MACHINES[SCALES[-1]])
-    return {role: machine for role, machine in zip(_ROLES, wanted, strict=True) if cluster.with_role(role)}
+    plane, etcd, balancer = next((row for step, row in _MACHINES.items() if nodes <= step), _MACHINES[SCALES[-1]])
+    if cluster.etcd == "external":
+        plane = replace(plane, disk=None)
+    wanted: dict[Role, Machine] = {"control-plane": plane, "etcd": etcd, "load-balancer": balancer}
+    return {role: machine for role, machine in wanted.items() if cluster.with_role(role)}
 
 
 # ---- documentation
@@ -138,6 +145,11 @@ def table() -> str:
             "kube-up (500 and 1,000, likewise)",
         ),
         _row(
+            "API server: requests at a time",
+            (f"{size.requests:,}" for size in sizes),
+            "the sum of both, which priority and fairness divides among all (kube-apiserver's help)",
+        ),
+        _row(
             "workers' balancers probe an API server every",
             (f"{up} s; while it is down {down} s" for up, down in (size.probes for size in sizes)),
             "each API server is probed by every worker, and an answer costs it about 1 ms",
@@ -155,12 +167,13 @@ def table() -> str:
         _row(
             "flannel: events of Nodes that all API servers send",
             (f"{_rate(size.workers)}" for size in sizes),
-            f"calculated: nodes x nodes / 5 min, of up to {NODE_OBJECT // 1000} kB each (KEP-589)",
+            f"calculated: nodes x nodes / 5 min, at {NODE_OBJECT // 1000} kB each: a Node with many images and volumes"
+            " (KEP-589); others are smaller",
         ),
         _row(
             "flannel: what each flanneld reads at its start",
-            (f"up to {_mb(size.workers * NODE_OBJECT)}" for size in sizes),
-            "calculated: all Nodes",
+            (_mb(size.workers * NODE_OBJECT) for size in sizes),
+            "calculated: all Nodes, of as much",
         ),
         _row(
             "`podSubnet`, at least, with `nodeCIDRMaskSize: 24`",
@@ -185,7 +198,7 @@ def table() -> str:
         (
             "API server: `--etcd-compaction-interval`",
             f"{size.etcd_compaction // 60} min",
-            "the default; one API server does it for all. What is kept, up to twice as long, is at 5,000 nodes up to"
+            "the default; one API server does it for all. What is kept, up to twice as long, is at 5,000 nodes some"
             f" {_mb(2 * size.etcd_compaction * size.workers * NODE_OBJECT / size.status_report)} of Nodes",
         ),
         (
@@ -196,7 +209,7 @@ def table() -> str:
         (
             "kubelet: `nodeLeaseDurationSeconds`, `nodeStatusReportFrequency`",
             f"{size.lease_duration} s, {size.status_report // 60} min",
-            "the defaults (KEP-589); a longer lease spares few writes, and a dead node is noticed later",
+            "the defaults (KEP-589), also of Kubernetes' tests of 5,000 nodes; longer, a dead node is noticed later",
         ),
         (
             "kube-proxy: connections tracked",
@@ -224,7 +237,9 @@ def table() -> str:
 
 def machine_table() -> str:
     """The recommended machines, in Markdown."""
-    rows: list[tuple[str, ...]] = [("nodes", "each control plane", "each etcd machine", "each load balancer")]
+    rows: list[tuple[str, ...]] = [
+        ("nodes", "each control plane (disk: with etcd on it)", "each etcd machine", "each load balancer")
+    ]
     rows += [(f"up to {nodes:,}", *map(str, row)) for nodes, row in _MACHINES.items()]
     return _markdown(rows)
 
@@ -234,7 +249,7 @@ def _row(name: str, values: Iterable[str], source: str) -> tuple[str, ...]:
 
 
 def _rate(nodes: int) -> str:
-    return f"{watch_events(nodes):,.0f}/s, up to {_mb(watch_bytes(nodes))}/s"
+    return f"{watch_events(nodes):,.0f}/s, {_mb(watch_bytes(nodes))}/s"
 
 
 def _mb(count: float) -> str:

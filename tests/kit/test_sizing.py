@@ -45,6 +45,7 @@ def config(cluster: Cluster, name: str) -> Any:
 def test_an_api_server_takes_more_requests_in_steps(workers: int, reading: int, writing: int) -> None:
     given = flags(of_size(workers), "kube-apiserver")
     assert (given["max-requests-inflight"], given["max-mutating-requests-inflight"]) == (str(reading), str(writing))
+    assert sizing.of(of_size(workers)).requests == reading + writing
 
 
 @pytest.mark.parametrize("workers", SCALES)
@@ -88,7 +89,8 @@ def test_a_pod_subnet_is_as_small_as_it_may_be(nodes: int) -> None:
 
 def test_machines_are_those_of_the_roles_that_there_are() -> None:
     assert sizing.machines(samples.ha()) == {"control-plane": sizing.Machine(2, 8, 80)}
-    assert list(sizing.machines(samples.external_etcd())) == ["control-plane", "etcd"]
+    apart = {"control-plane": sizing.Machine(2, 8), "etcd": sizing.Machine(2, 8, 80)}
+    assert sizing.machines(samples.external_etcd()) == apart, "only etcd wants a disk of its own"
     assert list(sizing.machines(samples.balanced())) == ["control-plane", "load-balancer"]
 
 
