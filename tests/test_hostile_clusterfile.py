@@ -376,6 +376,30 @@ def test_any_text_in_a_field(name: str, loc: Loc, harmless: dict[str, Harmless])
     tried()
 
 
+TOGETHER: tuple[Loc, ...] = (
+    *(("name",), ("networking", "dnsDomain"), ("storageClasses", 0), ("users", 0, "name"), ("nodes", 0, "name")),
+    *(("machineNetwork", "search", 0), ("nodes", 0, "interface"), ("nodes", 0, "serial"), ("nodes", 1, "storage")),
+    *(("nodes", 1, "labels", "q-label.test/q-key"), ("nodes", 1, "volumes", 0, "name"), ("pools", 0, "name")),
+)
+
+
+@pytest.mark.parametrize("word", sorted(set(WORDS)))
+def test_a_word_that_means_something_to_somebody(word: str, harmless: dict[str, Harmless]) -> None:
+    """Wherever it may stand, all at once."""
+    before = harmless["shared"]
+    tree, swapped = before.tree, {}
+    for loc in TOGETHER:
+        try:
+            loaded(with_text(tree, loc, word), before.folder)
+        except BakeErrors:
+            continue
+        tree = with_text(tree, loc, word)
+        swapped[str(at(before.tree, loc))] = word
+    after = loaded(tree, before.folder)
+    there = everything(after, named(before.secrets, before.cluster, after))
+    assert reading.replaced(there, {}) == reading.replaced(before.machines, swapped)
+
+
 def as_read(tree: Any) -> Any:
     """As a reader of YAML that takes every word for text."""
     if isinstance(tree, dict):
