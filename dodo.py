@@ -212,10 +212,11 @@ def task_volume() -> Iterator[Task]:
 
 
 def task_desk() -> Task:
-    """write what the administrators need: admin.conf, known_hosts"""
+    """write what the administrators need: admin.conf, trust.tar.gz, known_hosts"""
     return {
         "actions": [action(bake().make_desk)],
         "task_dep": ["_store"],
+        "file_dep": overlay.inputs([overlay.TRUST]),
         "targets": bake().desk_files,
         "uptodate": [Same(bake().inputs_of_desk)],
         "clean": True,

@@ -60,6 +60,11 @@ class Bake:
         return self.folder / "known_hosts"
 
     @property
+    def trust(self) -> Path:
+        """What an operating system is given, so that it takes this cluster's media alone."""
+        return self.folder / "trust.tar.gz"
+
+    @property
     def volume(self) -> Path:
         return self.folder / "payloads" / "payloads.iso"
 
@@ -69,7 +74,7 @@ class Bake:
 
     @property
     def desk_files(self) -> list[Path]:
-        return [self.admin_conf, *([self.known_hosts] if self.cluster.bake_ssh_host_keys else [])]
+        return [self.admin_conf, self.trust, *([self.known_hosts] if self.cluster.bake_ssh_host_keys else [])]
 
     def record(self, kind: str, name: str) -> Path:
         """Where a task writes down what it obtained (JSON), for the tasks behind it."""
@@ -303,7 +308,8 @@ class Bake:
         from recipes.kit import manifest
 
         contents = self._proven_identity(node)
-        documents = seed.documents(self.cluster, node, sums=manifest.digest_of_sums(contents, "node"))
+        sums = manifest.digest_of_sums(contents, "node")
+        documents = seed.documents(self.cluster, node, sums=sums, sign=partial(store.sign, self.secrets))
         self._audit.seed(documents, node)
         tarball = self.payload(node.role, node.arch)
         node_recipe.write(node, contents, self.tarball(node), mtime=self.mtime, payload_tarball=tarball)
@@ -381,15 +387,16 @@ class Bake:
             disk.write(planned, self.disk(node), advance)
 
     def inputs_of_desk(self) -> str:
-        return digest(self.code, self.cluster, self.secrets.cluster_id, self.secrets.life(DESK))
+        return digest(self.code, self.cluster, self.secrets.cluster_id, self.secrets.life(DESK), self.mtime)
 
     def make_desk(self) -> None:
-        from recipes import certificates
+        from recipes import certificates, trust
         from recipes import node as node_recipe
 
         atomic.write(self.admin_conf, certificates.admin_conf(self.cluster, self.secrets), mode=0o600)
         if self.cluster.bake_ssh_host_keys:
             atomic.write(self.known_hosts, node_recipe.known_hosts(self.cluster, self.secrets))
+        trust.write(self.cluster, self.secrets, self.trust, mtime=self.mtime)
 
     def make_schema(self) -> None:
         text = json.dumps(inventory.json_schema(), indent=1)

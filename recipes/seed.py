@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import BytesIO, FileIO
@@ -30,6 +30,7 @@ from recipes.kit.model import BOND, Cluster, Link, Network, Node, vlan_device
 LABEL = "cidata"  # cloud-init finds the volume by it
 PAYLOAD_LABEL = "nodebake"  # first boot finds a payload volume by it
 SECTOR = 2048  # bytes
+READ = ("user-data", "meta-data", "network-config")  # of a seed, by cloud-init
 FIRST_BOOT = "opt/nodebake/first-boot"  # in the overlay common
 _PROGRAM = "/var/lib/nodebake/first-boot"
 _UNIT = "nodebake-first-boot.service"
@@ -133,14 +134,20 @@ def network_config(cluster: Cluster, node: Node) -> bytes:
     return emit.document(config)
 
 
-def documents(cluster: Cluster, node: Node, *, sums: str) -> dict[str, bytes]:
+def documents(cluster: Cluster, node: Node, *, sums: str, sign: Callable[[bytes], bytes]) -> dict[str, bytes]:
     """All that the ISO holds beside the tarball, by file name. sums: SHA-256 (hex) of the node's SHA256SUMS, which
-    stands for everything in the tarball."""
+    stands for everything in the tarball. sign: signs what cloud-init reads, for systems that know the key."""
     user, network = user_data(cluster, node), network_config(cluster, node)
-    return {
+    read = {
         "user-data": user,
         "meta-data": meta_data(node, hashlib.sha256(sums.encode() + user + network).hexdigest()),
         "network-config": network,
+    }
+    signed = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in read.items()).encode()
+    return {
+        **read,
+        "SHA256SUMS": signed,
+        "SHA256SUMS.sig": sign(signed),
         "first-boot": (overlay.OVERLAYS / "common" / FIRST_BOOT).read_bytes(),
     }
 

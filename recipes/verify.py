@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from recipes.bake import Bake
@@ -101,7 +102,8 @@ class Verifier:
             tarball, contents = tarballs[0]
             if "node" in contents.parts:
                 node = inventory.find(self._bake.cluster, contents.about("node")["node"])
-                documents = seed.documents(self._bake.cluster, node, sums=contents.sums("node"))
+                sign = partial(store.sign, self._bake.secrets)
+                documents = seed.documents(self._bake.cluster, node, sums=contents.sums("node"), sign=sign)
                 seed.write(documents, tarball, made, mtime=contents.mtime)
             else:
                 named = {_payload_name(contents): tarball for tarball, contents in tarballs}

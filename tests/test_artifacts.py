@@ -39,7 +39,7 @@ from tests.conftest import Project, copy_project
 from tests.samples import SSH_KEY
 
 MANIFEST = "opt/nodebake/manifest"
-SEED = {"user-data", "meta-data", "network-config", "first-boot", "node.tar.gz"}
+SEED = {"user-data", "meta-data", "network-config", "SHA256SUMS", "SHA256SUMS.sig", "first-boot", "node.tar.gz"}
 ROOT = os.geteuid() == 0
 DAMAGED, FORGED = 65, 67
 

@@ -251,10 +251,10 @@ def everything(cluster: Cluster, secrets: store.Secrets) -> dict[str, Any]:
         files = [*overlay.payload(cluster.shared, role, arch, IMAGES), *images.registry_files(cluster.shared)]
         found[role] = [file for file in files if not file.path.startswith("/usr/local/")]
     for place, one in enumerate(cluster.nodes):
-        documents = seed.documents(cluster, one, sums="0" * 64)
+        documents = seed.documents(cluster, one, sums="0" * 64, sign=bytes)
         found[str(place)] = [
             *node.identity(cluster, one, secrets, sums="0" * 64, image=IMAGES, generation=7),
-            *(File(name, data=data) for name, data in documents.items() if name != "first-boot"),
+            *(File(name, data=data) for name, data in documents.items() if name in seed.READ),
         ]
     found["desk"] = [File("/etc/kubernetes/admin.conf", data=certificates.admin_conf(cluster, secrets))]
     made: dict[str, Any] = {}

@@ -20,7 +20,7 @@ from recipes.kit import archive, atomic
 from recipes.kit.model import Cluster, Link, Network, Node
 from tests import artifacts, samples
 
-NAMES = {"user-data", "meta-data", "network-config", "first-boot", "node.tar.gz"}
+NAMES = {"user-data", "meta-data", "network-config", "SHA256SUMS", "SHA256SUMS.sig", "first-boot", "node.tar.gz"}
 BONDED = Network(
     links=(Link("nic0", "52:54:00:00:20:01"), Link("nic1", "52:54:00:00:20:02")),
     addresses=(IPv4Interface("192.168.10.21/24"), IPv4Interface("192.168.11.21/24")),
@@ -46,7 +46,7 @@ def iso(tmp_path: Path, name: str = "seed.iso", mtime: int = 1_700_000_000) -> P
     tarball = tmp_path / "node.tar.gz"
     tarball.write_bytes(b"tarball" * 1000)
     cluster = samples.ha()
-    documents = seed.documents(cluster, cluster.workers[0], sums="ab" * 32)
+    documents = seed.documents(cluster, cluster.workers[0], sums="ab" * 32, sign=bytes)
     return seed.write(documents, tarball, tmp_path / name, mtime=mtime).path
 
 
@@ -333,7 +333,8 @@ def test_whatever_changes_in_the_artifact_changes_the_instance(tmp_path: Path) -
     tarball.write_bytes(b"tarball")
 
     def instance(cluster: Cluster, node: Node, sums: str) -> str:
-        path = seed.write(seed.documents(cluster, node, sums=sums), tarball, tmp_path / "n.iso", mtime=1).path
+        documents = seed.documents(cluster, node, sums=sums, sign=bytes)
+        path = seed.write(documents, tarball, tmp_path / "n.iso", mtime=1).path
         out = subprocess.run(["bsdtar", "-xOf", path, "meta-data"], capture_output=True, check=True).stdout
         return str(yaml.safe_load(out)["instance-id"])
 

@@ -44,7 +44,7 @@ ORDER = [
     ],
     ["components", "records", "binaries", "packages", "images", "certificates", "objects", "tokens", "bom"],
     ["payload", "node"],
-    ["seed", "base", "disk"],
+    ["seed", "base", "disk", "trust"],
     ["closure", "audit", "bake", "report", "verify"],
 ]
 

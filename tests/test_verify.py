@@ -8,13 +8,14 @@ import subprocess
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from recipes import records, seed
 from recipes.bake import Bake
-from recipes.kit import bounds, manifest
+from recipes.kit import bounds, manifest, store
 from recipes.kit.choices import Choices
 from recipes.kit.download import Desk
 from recipes.kit.errors import BakeError
@@ -70,7 +71,8 @@ def make(folder: Path, cluster: Cluster) -> World:
     for node in (full, thin):
         artifacts.bake(bake.folder, cluster, node, parts, bake.secrets)
         contents = bake.tarball(node)
-        documents = seed.documents(cluster, node, sums=Verifier(bake)._tarball(contents, contents).sums("node"))
+        sums = Verifier(bake)._tarball(contents, contents).sums("node")
+        documents = seed.documents(cluster, node, sums=sums, sign=partial(store.sign, bake.secrets))
         seed.write(documents, contents, bake.seed(node), mtime=artifacts.MTIME)
     seed.write_payloads({"worker-amd64": bake.payload("worker", "amd64")}, bake.volume, mtime=artifacts.MTIME)
     return World(bake, full, thin)
@@ -310,7 +312,8 @@ def test_a_changed_byte_anywhere_in_an_iso_is_refused(world: World, tmp_path: Pa
 def test_an_iso_with_another_machines_seed_around_its_tarball_is_refused(world: World, tmp_path: Path) -> None:
     """Every file of it is of this cluster; but cloud-init would run what was meant for another machine."""
     path, cluster = tmp_path / "mixed.iso", world.bake.cluster
-    documents = seed.documents(cluster, cluster.control_planes[0], sums="0" * 64)
+    sign = partial(store.sign, world.bake.secrets)
+    documents = seed.documents(cluster, cluster.control_planes[0], sums="0" * 64, sign=sign)
     seed.write(documents, world.tarball(world.full), path, mtime=artifacts.MTIME)
     assert "lies around the tarball" in world.refused(path)
 

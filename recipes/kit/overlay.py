@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # imported where it is used: a bake that renders nothing does
 
 OVERLAYS = Path(__file__).resolve().parents[2] / "overlays"
 IDENTITY = "node"  # the one tree whose templates may say `node`
+TRUST = "trust"  # what an operating system is given beforehand; of no payload
 SNIPPETS = "snippets"  # beside the trees: what several templates include; never on a machine itself
 
 # Forward secret and authenticated; TLS 1.3 brings its own, which Go does not let one choose.

@@ -167,4 +167,4 @@ def test_packages_follow_the_layers() -> None:
     assert "keepalived" in overlay.packages(samples.balanced(), "load-balancer")
     listed = yaml.safe_load((overlay.OVERLAYS / "packages.yaml").read_text())
     trees = {path.name for path in overlay.OVERLAYS.iterdir() if path.is_dir()}
-    assert set(listed) == trees - {overlay.IDENTITY, overlay.SNIPPETS}
+    assert set(listed) == trees - {overlay.IDENTITY, overlay.SNIPPETS, overlay.TRUST}
