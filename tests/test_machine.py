@@ -343,6 +343,16 @@ def test_a_slow_disk_is_told_and_keeps_nothing_from_going_on(
     assert machine.path("/var/lib/nodebake/etcd-disk").exists() == bool(told)
 
 
+def test_a_disk_that_etcd_writes_to_is_not_measured(machine: Machine, tarballs: dict[str, Path]) -> None:
+    """A run that goes on after a power cut, and a later artifact, would measure etcd itself."""
+    as_control_plane(machine)
+    shutil.copy(tarballs["control-plane"], machine.path("/medium/node.tar.gz"))
+    assert "etcd's disk" in until_it_waits(machine)
+    machine.path("/var/lib/etcd/member").mkdir(parents=True)
+    assert "etcd's disk" not in until_it_waits(machine)
+    assert machine.path("/var/lib/nodebake/etcd-disk").exists(), "what was measured is still told"
+
+
 # ---- a later artifact
 
 
