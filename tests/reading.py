@@ -94,7 +94,7 @@ def of_yaml(node: yaml.Node | None) -> Any:
     assert isinstance(node, yaml.ScalarNode)
     if node.tag != "tag:yaml.org,2002:str":
         return (node.tag, node.value)
-    bare = node.style is None
+    bare = not node.style  # libyaml says "", PyYAML None
     assert not bare or places.is_text(node.value), f"some readers take {node.value!r} for something else than text"
     return leaf(node.value)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from recipes import certificates, images, node, seed
@@ -190,6 +190,8 @@ PIECES = (
     *("a" * 64, "a" * 260, "1" * 30, ":1", ":99999", ":0x1", "/32", ",x=y", "=x", ":NoExecute", "://", "?x", "#x"),
 )
 
+ALWAYS = ("\n", "\0", "\x85", "\u2028", "'", '"', "\\", "$(id)", "{{ 1 }}", "%n", " #", ": ", " ", ",x=y")
+
 
 def hostile(given: str) -> st.SearchStrategy[str]:
     """Around what is meant there: texts that begin, end or go on as something else."""
@@ -246,6 +248,10 @@ def named(secrets: store.Secrets, before: Cluster, after: Cluster) -> store.Secr
 
 def everything(cluster: Cluster, secrets: store.Secrets) -> dict[str, Any]:
     """What every machine gets of the cluster file: path, with the machine or role before it -> what is read there."""
+    return {place: reading.content(file) for place, file in made(cluster, secrets).items()}
+
+
+def made(cluster: Cluster, secrets: store.Secrets) -> dict[str, File]:
     found: dict[str, list[File]] = {}
     for role, arch in cluster.payloads:
         files = [*overlay.payload(cluster.shared, role, arch, IMAGES), *images.registry_files(cluster.shared)]
@@ -257,11 +263,9 @@ def everything(cluster: Cluster, secrets: store.Secrets) -> dict[str, Any]:
             *(File(name, data=data) for name, data in documents.items() if name in seed.READ),
         ]
     found["desk"] = [File("/etc/kubernetes/admin.conf", data=certificates.admin_conf(cluster, secrets))]
-    made: dict[str, Any] = {}
-    for whose, files in found.items():
+    for files in found.values():
         archive._checked(file for file in files if file.path.startswith("/"))
-        made |= {f"{whose} {file.path}": reading.content(file) for file in files}
-    return made
+    return {f"{whose} {file.path}": file for whose, files in found.items() for file in files}
 
 
 # ---- through the front door -----------------------------------------------------------------------------------------
@@ -373,6 +377,8 @@ def test_any_text_in_a_field(name: str, loc: Loc, harmless: dict[str, Harmless])
     def tried(text: str) -> None:
         try_it(loc, text, before)
 
+    for piece in ALWAYS:
+        tried = example(given_there[:3] + piece + given_there[3:])(tried)
     tried()
 
 
@@ -477,16 +483,17 @@ def test_what_no_rule_has_seen_is_quoted_all_the_same(old: str, harmless: dict[s
     """Templates do not rely on the cluster file's rules: what they cannot write is an error."""
     before = harmless["shared"]
 
-    @settings(max_examples=5, deadline=None, database=None)
+    @settings(max_examples=3, deadline=None, database=None)
     @given(new=hostile(old))
     def tried(new: str) -> None:
         if set(new) & OTHERWISE.get(old, set()):
             return
         after = put(before.cluster, old, new)
         try:
-            there = everything(after, named(before.secrets, before.cluster, after))
+            files = made(after, named(before.secrets, before.cluster, after))
         except (BakeError, ValueError):
             return
+        there = {place: reading.content(file) for place, file in files.items()}
         swapped = {old: new.rstrip("/")} if old.startswith("http:") else {old: new}
         now = reading.replaced(before.machines, swapped)
         for path, content in now.items():
@@ -494,4 +501,6 @@ def test_what_no_rule_has_seen_is_quoted_all_the_same(old: str, harmless: dict[s
                 content["host"][new]["override_path"] = True
         assert reading.replaced(there, {}) == now
 
+    for piece in ALWAYS:
+        tried = example(old[:3] + piece + old[3:])(tried)
     tried()
