@@ -13,10 +13,9 @@ import shutil
 import stat
 import subprocess
 import tarfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -80,43 +79,10 @@ APP = "registry.example.internal:5000/app:1.0"
 
 
 @dataclass
-class Watch:
-    """Command lines and environments of every process below one, as /proc shows them while it runs."""
-
-    seen: set[bytes] = field(default_factory=set)
-    processes: set[int] = field(default_factory=set)
-
-    def over(self, process: subprocess.Popen[str]) -> None:
-        while process.poll() is None:
-            for number in self._family(process.pid):
-                self.processes.add(number)
-                for name in ("cmdline", "environ"):
-                    try:
-                        self.seen.add(Path(f"/proc/{number}/{name}").read_bytes())
-                    except OSError:
-                        continue
-            time.sleep(0.005)
-
-    def _family(self, number: int) -> Iterator[int]:
-        yield number
-        try:
-            below = [
-                list(map(int, each.read_text().split())) for each in Path(f"/proc/{number}/task").glob("*/children")
-            ]
-        except OSError:  # it has ended
-            return
-        for children in below:
-            for child in children:
-                yield from self._family(child)
-
-
-@dataclass
 class Thin:
-    """Three clusters with thin media, baked in one project: what their bakes said and showed."""
+    """Three clusters with thin media, baked in one project."""
 
     project: Project
-    told: dict[str, str]
-    watch: Watch
 
     def folder(self, cluster: str) -> Path:
         return self.project.root / "build" / cluster
@@ -131,7 +97,7 @@ class Thin:
 @pytest.fixture(scope="module")
 def thin(baked: Project, tmp_path_factory: pytest.TempPathFactory) -> Thin:
     project = copy_project(tmp_path_factory.mktemp("thin"))
-    made = Thin(project, {}, Watch())
+    made = Thin(project)
     make_app(project.clusters / "app.tar")
     (project.clusters / "puller.password").write_text(f"{PASSWORD}\n")
     certificate = next((baked.clusters / "ha.yaml.secrets" / "ca").glob("*.crt"))
@@ -141,21 +107,7 @@ def thin(baked: Project, tmp_path_factory: pytest.TempPathFactory) -> Thin:
             text = made.file(name).read_text().replace("count: 4", "count: 1") + "media: thin\n"
         made.file(name).write_text(text % {"key": SSH_KEY} if "%(" in text else text)
         project.remember(name)
-        log = project.root / f"{name}.log"
-        with log.open("w") as out:
-            process = subprocess.Popen(
-                project.command(f"cluster=recipes/clusters/{name}.yaml"),
-                cwd=project.root,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            watching = threading.Thread(target=made.watch.over, args=(process,))
-            watching.start()
-            process.wait()
-            watching.join()
-        made.told[name] = log.read_text()
-        assert process.returncode == 0, made.told[name]
+        project.doit(f"cluster=recipes/clusters/{name}.yaml")
     return made
 
 
@@ -1031,40 +983,3 @@ def test_a_bake_that_would_give_away_a_secret_fails(rebaking: Project) -> None:
     told += rebaking.doit("node:worker-1", fails=True).stdout
     assert "ERROR: worker-1:/etc/nodebake/node.env: this holds the bootstrap token of worker-2\n" in told
     assert token.split(".")[1] not in told and "Traceback" not in told
-
-
-def test_nothing_of_a_bake_shows_a_secret(baked: Project, thin: Thin) -> None:
-    """Output, records, doit's database, user-data: of no cluster."""
-    stores = {name: secrets_of(store.default_directory(thin.file(name))) for name in THIN}
-    stores["single"] |= {
-        "registry password": PASSWORD.encode(),
-        "registry password, base64": base64.b64encode(f"puller:{PASSWORD}".encode()),
-    }
-    stores["ha"] = secrets_of(store.default_directory(baked.clusters / "ha.yaml"))
-    for name, secrets in stores.items():
-        assert len(secrets) > 20
-        project = baked if name == "ha" else thin.project
-        folder = project.root / "build" / name
-        looked_at = [
-            *folder.rglob("*.json"),
-            *folder.glob(".state.db*"),
-            project.root / "build/cluster-file.schema.json",
-        ]
-        assert len(looked_at) > 5
-        for path in looked_at:
-            assert seen_in(path.read_bytes(), secrets) == [], path
-        if name in thin.told:
-            assert seen_in(thin.told[name].encode(), secrets) == []
-        for iso in (folder / "seeds").glob("*.iso"):
-            for document in ("user-data", "meta-data", "network-config"):
-                text = output("bsdtar", "-xOf", iso, document) if shutil.which("bsdtar") else ""
-                assert seen_in(text.encode(), secrets) == [], iso
-
-
-def test_no_process_of_a_bake_shows_a_secret(thin: Thin) -> None:
-    assert len(thin.watch.processes) > 3, "the bakes' own process and at least one that it started"
-    seen = b"\n".join(thin.watch.seen)
-    assert b"doit" in seen
-    for name in THIN:
-        assert seen_in(seen, secrets_of(store.default_directory(thin.file(name)))) == []
-    assert PASSWORD.encode() not in seen

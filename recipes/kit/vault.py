@@ -133,8 +133,12 @@ def _asked(where: Path, new: bool) -> str:
             where=where,
             remedy="say key=FILE with a file that holds it (key=/dev/fd/3 for a pipe)",
         ) from None
-    given = getpass.getpass(f"{'New passphrase' if new else 'Passphrase'} of {where}: ")
-    if new and getpass.getpass("Once more: ") != given:
+    try:
+        given = getpass.getpass(f"{'New passphrase' if new else 'Passphrase'} of {where}: ")
+        again = getpass.getpass("Once more: ") if new else given
+    except (EOFError, KeyboardInterrupt):
+        raise BakeError("no passphrase was given", where=where, remedy="type it, or say key=FILE") from None
+    if again != given:
         raise BakeError("the two passphrases differ", where=where, remedy="try again")
     return given
 

@@ -340,6 +340,8 @@ def test_two_passphrases_that_differ_change_nothing(directory: Path) -> None:
     before = files(directory)
     assert "differ" in typed(directory, "encrypt", "correct horse", "battery staple")
     assert "empty" in typed(directory, "encrypt", "", "")
+    assert "no passphrase was given" in typed(directory, "encrypt", "\x04")
+    assert "no passphrase was given" in typed(directory, "encrypt", "correct horse", "\x03")
     assert files(directory) == before
 
 
