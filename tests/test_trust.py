@@ -177,10 +177,11 @@ def test_what_is_unpacked_onto_an_image_is_the_same_always(ours: Baked, system: 
     for name in ("one", "two"):
         trust.write(ours.cluster, ours.minted, tmp_path / name, mtime=artifacts.MTIME)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-    for unit in ("local", "main"):
-        wanted = system / f"etc/systemd/system/cloud-init-{unit}.service.requires/nodebake-trust.service"
-        assert wanted.resolve() == (system / "etc/systemd/system/nodebake-trust.service").resolve()
-        assert f"cloud-init-{unit}.service" in wanted.read_text()
+    units = system / "etc/systemd/system"
+    for name in ("local", "main"):
+        told = (units / f"cloud-init-{name}.service.d/nodebake-trust.conf").read_text().splitlines()
+        assert {f"{word}=nodebake-trust.service" for word in ("Requires", "After")} <= {*told}
+    assert f"ExecStart=/{CHECK}" in (units / "nodebake-trust.service").read_text().splitlines()
     assert os.access(system / CHECK, os.X_OK)
 
 
