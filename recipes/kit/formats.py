@@ -33,12 +33,16 @@ _SSH_KEYS: Final = (
     "sk-ssh-ed25519@openssh.com",
     "sk-ecdsa-sha2-nistp256@openssh.com",
 )
-# Accounts that Debian has (base-passwd, systemd, openssh, cloud images) and that nobody may take over.
+# Accounts and groups that Debian has (base-passwd, systemd, openssh, cloud images): nobody may take one over, and of a
+# group's name useradd makes no account.
 _SYSTEM_USERS: Final = frozenset(
     (
         *("daemon", "bin", "sys", "sync", "games", "man", "lp", "mail", "news", "uucp", "proxy", "www-data", "backup"),
         *("list", "irc", "_apt", "nobody", "sshd", "messagebus", "polkitd", "haproxy", "keepalived_script"),
         *("systemd-network", "systemd-resolve", "systemd-timesync", *USERS),
+        *("adm", "tty", "disk", "kmem", "dialout", "fax", "voice", "cdrom", "floppy", "tape", "sudo", "audio", "dip"),
+        *("operator", "src", "shadow", "utmp", "video", "sasl", "plugdev", "staff", "users", "nogroup"),
+        *("systemd-journal", "input", "kvm", "render", "sgx", "netdev", "crontab", "_ssh"),
     )
 )
 # Where a volume would hide, fill or give to pods what the machine itself needs: in these, and in what these lie in.
@@ -298,7 +302,7 @@ def user_name(text: str) -> str:
         remedy = "Use lower-case letters, digits, '-' and '_', a letter first, at most 32 characters."
         raise Malformed(f"{_shown(text)} is not a POSIX user name", remedy)
     if text in _SYSTEM_USERS:
-        raise Malformed(f"{text} is an account of the system", "Choose another name, as admin.")
+        raise Malformed(f"{text} is an account or a group of the system", "Choose another name, as admin.")
     return text
 
 

@@ -107,11 +107,12 @@ MISTAKES = {
     "a large number": ("name: a\nmachineNetwork: {mtu: 9999}\n", 2, 23, "more than 9216", "9216 or less"),
     "credentials": ('name: a\ndebianMirror: "http://u:p@x.y/"\n', 2, 15, "credentials", "Take them out"),
     "no URL": ("name: a\ndebianMirror: x.y\n", 2, 15, "not a URL", "https://"),
-    "root": ("name: a\nusers: [{name: root, sshAuthorizedKeys: []}]\n", 2, 16, "account of the system", "another"),
+    "root": ("name: a\nusers: [{name: root, sshAuthorizedKeys: []}]\n", 2, 16, "account or a group", "another"),
     "build's own folder": ("name: downloads\n", 1, 7, "build/downloads is not for a cluster", "another"),
     "password in the user's name": (
         'name: a\nregistries: [{host: r.x, username: "u:p", passwordFile: p}]\n', 2, 36, "no user name", "passwordFile"
     ),
+    "a group": ("name: a\nusers: [{name: sudo, sshAuthorizedKeys: []}]\n", 2, 16, "a group of the system", "another"),
     "no keys": ("name: a\nusers: [{name: x, sshAuthorizedKeys: []}]\n", 2, 38, "list is empty", "at least one"),
     "bad key": ("name: a\nusers: [{name: x, sshAuthorizedKeys: [a b]}]\n", 2, 39, "SSH public key", ".pub"),
     "old key": ("name: a\nusers: [{name: x, sshAuthorizedKeys: [ssh-dss AAAA]}]\n", 2, 39, "SSH public key", ".pub"),
