@@ -135,7 +135,7 @@ def task_payload() -> Iterator[Task]:
 def task_node() -> Iterator[Task]:
     """bake one machine: its tarball and its seed ISO"""
     templates = overlay.inputs([overlay.IDENTITY])
-    for node in wanted_nodes():
+    for node in wanted_nodes("node", "image", "lab"):
         yield {
             "name": node.name,
             "actions": [action(bake().make_node, node)],
@@ -150,7 +150,7 @@ def task_node() -> Iterator[Task]:
 def task_certs() -> Iterator[Task]:
     """bake what renews a machine that runs: its certificates and token, without the payload that it has"""
     templates = overlay.inputs([overlay.IDENTITY])
-    for node in wanted_nodes():
+    for node in wanted_nodes("certs"):
         yield {
             "name": node.name,
             "actions": [action(bake().make_certs, node)],
@@ -164,7 +164,8 @@ def task_certs() -> Iterator[Task]:
 
 def task__base() -> Task:
     """tell what the desk lacks to make disk images, before a bake that may take long"""
-    return {"actions": [action(bake().check_base, arch) for arch in sorted({node.arch for node in wanted_nodes()})]}
+    nodes = wanted_nodes("image") or bake().cluster.nodes
+    return {"actions": [action(bake().check_base, arch) for arch in sorted({node.arch for node in nodes})]}
 
 
 def task_base() -> Iterator[Task]:
@@ -182,7 +183,7 @@ def task_base() -> Iterator[Task]:
 
 def task_image() -> Iterator[Task]:
     """bake one machine's disk image: a Debian that boots, and its seed on the same disk"""
-    for node in wanted_nodes():
+    for node in wanted_nodes("image"):
         yield {
             "name": node.name,
             "actions": [action(bake().make_disk, node)],
@@ -193,9 +194,9 @@ def task_image() -> Iterator[Task]:
         }
 
 
-def wanted_nodes() -> list[Node]:
+def wanted_nodes(*kinds: str) -> list[Node]:
     """Only the machines that were named, where some were: the others' tasks would cost time and are not needed."""
-    names = graph.named("node", "image", "certs")
+    names = graph.named(*kinds)
     return list(bake().cluster.nodes) if names is None else [inventory.find(bake().cluster, name) for name in names]
 
 

@@ -47,7 +47,7 @@ class Bake:
 
     # ---- where things lie
 
-    @property
+    @cached_property
     def folder(self) -> Path:
         return self.desk.build / self.cluster.name
 

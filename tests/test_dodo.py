@@ -630,7 +630,7 @@ def test_cut_off_between_many_machines_the_next_run_continues(many: Desk, number
     told = process.communicate(timeout=60)[0]
     assert process.returncode == (-9 if number == signal.SIGKILL else 130), told
     assert "Traceback" not in told
-    there = many.digests()
+    there = {name: digest for name, digest in many.digests().items() if "/." not in name}
     assert 0 < len(there) < len(before) and there.items() <= before.items()
     if number != signal.SIGKILL:
         assert "the next doit continues" in told

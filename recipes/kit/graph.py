@@ -8,6 +8,7 @@ MD5 is computed per task), and failures that a person can mend are told without 
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import signal
 import sqlite3
@@ -73,8 +74,8 @@ def _meant(name: str, known: Iterable[str], ending: str = "") -> str:
 
 
 class Loader(DodoTaskLoader):  # type: ignore[misc]
-    """Loads dodo.py; a mistake of the person's is told as one. `named` are the sub-tasks asked for, so that no other
-    is made: with 5,000 machines making all of them costs more than baking one, or than telling the kinds of tasks."""
+    """Loads dodo.py; a mistake of the person's is told as one. `named` are the tasks asked for, so that no sub-task of
+    another kind is made: with 5,000 machines that costs more than baking one, or than telling the kinds of tasks."""
 
     named: tuple[str, ...] | None = None
 
@@ -85,9 +86,9 @@ class Loader(DodoTaskLoader):  # type: ignore[misc]
 
     def load_tasks(self, cmd: Any, pos_args: list[str]) -> Any:
         names = [argument for argument in pos_args if not argument.startswith("-")]
-        plain = all(":" in name and "*" not in name for name in names)
-        if cmd.execute_tasks and names and plain:
-            Loader.named = tuple(names)
+        wanted = names or cmd.sel_tasks or ()
+        if cmd.execute_tasks and wanted and not any("*" in name or "/" in name for name in wanted):  # no target's path
+            Loader.named = tuple(wanted)
         elif not self._all and not names:
             Loader.named = ()
         with _told():
@@ -98,8 +99,8 @@ class Loader(DodoTaskLoader):  # type: ignore[misc]
 
 
 def named(*kinds: str) -> list[str] | None:
-    """The names asked for as `doit kind:name`; None when every one may be needed."""
-    if Loader.named is None:
+    """The names asked for as `doit kind:name`; None when every one may be needed, as for `doit kind`."""
+    if Loader.named is None or any(kind in Loader.named for kind in kinds):
         return None
     asked = (name.partition(":") for name in Loader.named)
     return list(dict.fromkeys(name for kind, _, name in asked if kind in kinds))
@@ -281,6 +282,10 @@ class Same:
 
     digest is called when the task's turn has come, after everything that it depends on is done.
     """
+
+    __signature__ = inspect.Signature(  # which doit asks for every time
+        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("task", "values")]
+    )
 
     def __init__(self, digest: Callable[..., str], *arguments: object) -> None:
         self._digest = partial(digest, *arguments)
