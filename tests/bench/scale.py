@@ -13,12 +13,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from recipes.kit.archive import END_MEMBER
 from tests.bench import measure, table
 from tests.bench.measure import Goal, Run
 from tests.conftest import ROOT, Project, copy_project
 
 SIZES = (50, 500, 5_000)  # workers
 LARGEST = SIZES[-1]
+FULL = 50  # workers with full media: 20 GB
 WORKER = "node:worker-3"
 PYTHON = [sys.executable, "-c", "pass"]
 
@@ -34,7 +36,8 @@ def main(desk: str) -> None:
             bakes[workers] = whole(project, workers)
             sizes[workers] = on_disk(project.root / "build" / f"large-{workers}")
         edits = small(project)
-    goals, costs = summed_up(bakes, sizes[LARGEST], edits), per_machine(bakes)
+        goals = [*summed_up(bakes, sizes[LARGEST], edits), full_media(project)]
+    costs = per_machine(bakes)
     text = markdown(goals, bakes, costs, desk)
     (folder / "scale.md").write_text(text)
     facts = {
@@ -87,6 +90,35 @@ def small(project: Project) -> Mapping[str, Run]:
     found["one worker more"] = measure.run(project.command(f"cluster={file}"), project.root)
     shutil.rmtree(project.root / "build" / file.stem)
     return found
+
+
+def full_media(project: Project) -> Goal:
+    """Machines whose payload is there, against cat of payload and identity to as many tarballs and seeds."""
+    file = cluster_file(project, FULL)
+    file.write_text(file.read_text().replace("media: thin", "media: full"))
+    build = project.root / "build" / file.stem
+    shutil.rmtree(build)
+    project.doit(f"cluster={file}", "payload")
+    tell(f"{FULL} workers with full media")
+    measure.settle()
+    baked = measure.run(project.command(f"cluster={file}", "node"), project.root)
+    parts = project.root / "build" / "parts"
+    parts.mkdir()
+    lines = ["set -e"]
+    for tarball in sorted((build / "nodes").iterdir()):
+        role = "control-plane" if tarball.name.startswith("control") else "worker"
+        payload = build / "payloads" / f"{role}-amd64.tar.gz"
+        with tarball.open("rb") as made:
+            made.seek(payload.stat().st_size - len(END_MEMBER))
+            (parts / f"{tarball.name}.identity").write_bytes(made.read())
+        identity, copy = parts / f"{tarball.name}.identity", parts / tarball.name
+        lines += [f"cat {payload} {identity} >{copy}", f"cat {copy} >{copy}.iso"]
+    shutil.rmtree(build / "nodes")
+    shutil.rmtree(build / "seeds")
+    measure.settle()
+    copied = measure.run(["sh", "-c", "\n".join([*lines, "sync"])], project.root)
+    shutil.rmtree(parts)
+    return Goal(f"{FULL} machines with full media", baked.seconds, copied.seconds, 1.5, "cat of the same bytes, synced")
 
 
 def on_disk(folder: Path) -> int:
