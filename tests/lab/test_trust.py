@@ -91,8 +91,9 @@ def test_a_system_that_has_the_key_runs_nothing_of_a_strangers_medium(
     is_refused(only, project.root / "theirs.iso", REFUSED)
 
     documents = {"user-data": b"#cloud-config\nbootcmd: [[touch, /pwned]]\n", "meta-data": b"instance-id: x\n"}
+    documents["network-config"] = b"version: 2\n"
     plain = seed.write_iso(documents, tmp_path / "plain.iso", label=seed.LABEL, mtime=0)
-    is_refused(only, plain.path, "nodebake-trust: the volume cidata has no network-config")
+    is_refused(only, plain.path, "nodebake-trust: the volume cidata has no SHA256SUMS")
 
     # What cloud-init reads is ours, the artifact is not: our own first boot refuses it.
     ours, theirs = opened(own, tmp_path / "ours"), opened(project.root / "theirs.iso", tmp_path / "theirs")
