@@ -52,7 +52,18 @@ def content(file: File) -> Any:
 
 
 def words(text: str) -> Any:
-    return tuple(tuple(line.split()) for line in text.split("\n"))
+    """Lines of words; what stands between quotes is one, as it is meant."""
+    return tuple(tuple(map(_meant, _WORD.findall(line))) for line in text.split("\n"))
+
+
+_WORD = re.compile(r'"(?:[^"\\]|\\.)*"|\S+')
+
+
+def _meant(word: str) -> str:
+    try:
+        return str(json.loads(word)) if word.startswith('"') else word
+    except ValueError:
+        return word
 
 
 def leaf(text: str) -> Any:
@@ -87,16 +98,19 @@ def of_yaml(node: yaml.Node | None) -> Any:
     if isinstance(node, yaml.MappingNode):
         return {
             key: _embedded(item) if key.endswith("-data") else item
-            for key, item in _unique([(of_yaml(key), of_yaml(value)) for key, value in node.value]).items()
+            for key, item in _unique([(_text(key), of_yaml(value)) for key, value in node.value]).items()
         }
     if isinstance(node, yaml.SequenceNode):
         return [of_yaml(item) for item in node.value]
     assert isinstance(node, yaml.ScalarNode)
-    if node.tag != "tag:yaml.org,2002:str":
-        return (node.tag, node.value)
+    return leaf(_text(node)) if node.tag == "tag:yaml.org,2002:str" else (node.tag, node.value)
+
+
+def _text(node: yaml.Node) -> str:
+    assert isinstance(node, yaml.ScalarNode)
     bare = not node.style  # libyaml says "", PyYAML None
     assert not bare or places.is_text(node.value), f"some readers take {node.value!r} for something else than text"
-    return leaf(node.value)
+    return str(node.value)
 
 
 def _embedded(data: str) -> Any:
@@ -151,10 +165,14 @@ def ini(text: str) -> Any:
 def replaced(tree: Any, changes: Mapping[str, str]) -> Any:
     """The same tree with other values in its texts, and without what follows from all bytes together."""
     if isinstance(tree, str):
-        made = re.sub("|".join(map(re.escape, changes)), lambda found: changes[found[0]], tree) if changes else tree
-        return leaf(_FOLLOWS.sub("#", made))
+        return leaf(_swapped(tree, changes))
     if isinstance(tree, Mapping):
-        return {replaced(key, changes): replaced(item, changes) for key, item in tree.items()}
+        return {_swapped(key, changes): replaced(item, changes) for key, item in tree.items()}
     if isinstance(tree, (list, tuple)):
         return type(tree)(replaced(item, changes) for item in tree)
     return tree
+
+
+def _swapped(text: str, changes: Mapping[str, str]) -> str:
+    made = re.sub("|".join(map(re.escape, changes)), lambda found: changes[found[0]], text) if changes else text
+    return _FOLLOWS.sub("#", made)
