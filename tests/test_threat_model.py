@@ -8,8 +8,13 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-MODEL = ROOT / "recipes" / "threat-model.md"
+README = ROOT / "recipes" / "README.md"
 NAMED = re.compile(r"`([\w/.]+\.py)::(\w+)`")
+
+
+def model() -> str:
+    """The section, which is the last one there."""
+    return README.read_text().partition("\n## Threat model\n")[2]
 
 
 @cache
@@ -23,7 +28,7 @@ def defined_in(file: Path) -> frozenset[str]:
 
 def rows() -> list[list[str]]:
     """Of the first table, without its head."""
-    table = MODEL.read_text().partition("\n|")[2].partition("\n\n")[0]
+    table = model().partition("\n|")[2].partition("\n\n")[0]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
 
 
@@ -37,7 +42,7 @@ def missing(text: str) -> list[str]:
 
 
 def test_every_test_that_it_names_exists() -> None:
-    assert missing(MODEL.read_text()) == []
+    assert missing(model()) == []
     assert missing("`lab/test_stolen.py::test_nothing` `no.py::test_x`") == [
         "lab/test_stolen.py::test_nothing",
         "no.py::test_x",
@@ -54,11 +59,11 @@ def test_every_row_says_what_remains_and_names_a_test() -> None:
 
 
 def test_it_is_found() -> None:
-    assert "(recipes/threat-model.md)" in (ROOT / "README.md").read_text()
+    assert "(recipes/README.md#threat-model)" in (ROOT / "README.md").read_text()
 
 
 def test_its_links_lead_somewhere() -> None:
-    for path, anchor in re.findall(r"\]\(([^)#]*)#([^)]+)\)", MODEL.read_text()):
-        text = ((MODEL.parent / path) if path else MODEL).read_text()
+    for path, anchor in re.findall(r"\]\(([^)#]*)#([^)]+)\)", model()):
+        text = ((README.parent / path) if path else README).read_text()
         heads = [re.sub(r"[^\w -]", "", head).strip().lower() for head in re.findall(r"^#+ (.*)$", text, re.MULTILINE)]
         assert anchor in {head.replace(" ", "-") for head in heads}, anchor
