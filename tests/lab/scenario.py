@@ -6,8 +6,9 @@ import base64
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,12 @@ class Load:
 
     acknowledged: set[int]
     failed: list[tuple[float, str]]
+    moments: list[float] = field(default_factory=list)  # of what was acknowledged, in order
+
+    @property
+    def longest(self) -> float:
+        """Seconds between two acknowledged writes, at most."""
+        return max(after - before for before, after in pairwise(self.moments))
 
 
 @contextmanager
@@ -122,6 +129,7 @@ def writing(lab: Lab, name: str) -> Iterator[Load]:
         moment, number, outcome = line.split(" ", 2)
         if outcome == "ok":
             load.acknowledged.add(int(number))
+            load.moments.append(float(moment))
         else:
             load.failed.append((float(moment), outcome))
 
