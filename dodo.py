@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache, partial
@@ -135,7 +135,7 @@ def task_payload() -> Iterator[Task]:
 def task_node() -> Iterator[Task]:
     """bake one machine: its tarball and its seed ISO"""
     templates = overlay.inputs([overlay.IDENTITY])
-    for node in wanted_nodes("node", "image", "lab"):
+    for node in wanted_nodes("node", "image", whole=("lab",)):
         yield {
             "name": node.name,
             "actions": [action(bake().make_node, node)],
@@ -194,9 +194,9 @@ def task_image() -> Iterator[Task]:
         }
 
 
-def wanted_nodes(*kinds: str) -> list[Node]:
+def wanted_nodes(*kinds: str, whole: Collection[str] = ()) -> list[Node]:
     """Only the machines that were named, where some were: the others' tasks would cost time and are not needed."""
-    names = graph.named(*kinds)
+    names = graph.named(*kinds, whole=whole)
     return list(bake().cluster.nodes) if names is None else [inventory.find(bake().cluster, name) for name in names]
 
 

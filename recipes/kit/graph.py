@@ -14,7 +14,7 @@ import signal
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import partial
@@ -98,9 +98,10 @@ class Loader(DodoTaskLoader):  # type: ignore[misc]
             return tasks
 
 
-def named(*kinds: str) -> list[str] | None:
-    """The names asked for as `doit kind:name`; None when every one may be needed, as for `doit kind`."""
-    if Loader.named is None or any(kind in Loader.named for kind in kinds):
+def named(*kinds: str, whole: Collection[str] = ()) -> list[str] | None:
+    """The names asked for as `doit kind:name`; None when every one may be needed, as for `doit kind`, or for a task of
+    `whole`, which depends on all."""
+    if Loader.named is None or not {*kinds, *whole}.isdisjoint(Loader.named):
         return None
     asked = (name.partition(":") for name in Loader.named)
     return list(dict.fromkeys(name for kind, _, name in asked if kind in kinds))
