@@ -75,7 +75,12 @@ def is_refused(machine: Machine, iso: Path, says: str) -> None:
     machine.insert(iso)
     machine.power_on()
     machine.wait(lambda: says in machine.console, 60, "it is refused on the console")
-    machine.wait(lambda: machine.run("systemctl", "is-active", "multi-user.target").returncode == 0, 60, "it is up")
+    up = (
+        "systemctl",
+        "is-active",
+        "multi-user.target",
+    )  # two minutes: without a network configuration it waits for one
+    machine.wait(lambda: machine.run(*up).returncode == 0, 240, "it is up")
     for path in ("/pwned", "/var/lib/nodebake", "/etc/systemd/system/nodebake-first-boot.service"):
         machine.run(f"test ! -e {path}")
     machine.run("test ! -e /var/lib/cloud/instance")
@@ -92,14 +97,17 @@ def test_a_system_that_has_the_key_runs_nothing_of_a_strangers_medium(
 
     documents = {"user-data": b"#cloud-config\nbootcmd: [[touch, /pwned]]\n", "meta-data": b"instance-id: x\n"}
     documents["network-config"] = b"version: 2\n"
-    plain = seed.write_iso(documents, tmp_path / "plain.iso", label=seed.LABEL, mtime=0)
+    (tmp_path / "note").write_text("of a stranger")
+    plain = seed.write_iso(
+        {**documents, "note": tmp_path / "note"}, tmp_path / "plain.iso", label=seed.LABEL, mtime=1_790_000_000
+    )
     is_refused(only, plain.path, "nodebake-trust: the volume cidata has no SHA256SUMS")
 
     # What cloud-init reads is ours, the artifact is not: our own first boot refuses it.
-    ours, theirs = opened(own, tmp_path / "ours"), opened(project.root / "theirs.iso", tmp_path / "theirs")
+    ours, theirs = opened(own, tmp_path / "our-seed"), opened(project.root / "theirs.iso", tmp_path / "their-seed")
     shutil.copy(theirs / "node.tar.gz", ours)
     contents = {path.name: path if path.suffix == ".gz" else path.read_bytes() for path in ours.iterdir()}
-    only.insert(seed.write_iso(contents, tmp_path / "mixed.iso", label=seed.LABEL, mtime=0).path)
+    only.insert(seed.write_iso(contents, tmp_path / "mixed.iso", label=seed.LABEL, mtime=1_790_000_000).path)
     only.power_on()
     only.wait(lambda: "which this system does not trust" in only.console, 120, "first boot refuses it")
     only.run("test ! -e /etc/kubernetes")
