@@ -110,7 +110,7 @@ def test_a_system_that_has_the_key_runs_nothing_of_a_strangers_medium(
     only.insert(seed.write_iso(contents, tmp_path / "mixed.iso", label=seed.LABEL, mtime=1_790_000_000).path)
     only.power_on()
     only.wait(lambda: "which this system does not trust" in only.console, 120, "first boot refuses it")
-    only.run("test ! -e /etc/kubernetes")
+    only.run("test ! -e /opt/nodebake -a ! -e /etc/nodebake")
 
     only.insert(own)
     wait_machine_installed(only, BOOT)
