@@ -615,4 +615,4 @@ def test_a_machines_certificates_take_milliseconds(secrets: Secrets) -> None:
 
 def test_the_documentation_has_the_table() -> None:
     text = (Path(__file__).parent.parent / "recipes" / "README.md").read_text()
-    assert text.endswith(certificates.profile_table())
+    assert f"\n\n{certificates.profile_table()}\n" in f"{text}\n"

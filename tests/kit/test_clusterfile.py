@@ -177,7 +177,7 @@ def test_every_folder_of_build_is_known() -> None:
         for path in root.glob(files)
         for name in folder.findall(path.read_text())
     }
-    of_a_cluster = {"binaries", "disks", "nodes", "payloads", "seeds"}  # a lab's `build` is one cluster's
+    of_a_cluster = {"binaries", "certs", "disks", "nodes", "payloads", "seeds"}  # a lab's `build` is one cluster's
     assert found - of_a_cluster == set(formats.BUILD_FOLDERS)
 
 
