@@ -385,6 +385,26 @@ def test_the_queue_holds_a_name_once_and_brings_the_sooner_time() -> None:
     assert time.monotonic() - started < 3
 
 
+def test_no_name_waits_while_ever_more_come() -> None:
+    queue, arrived = work.Work("test"), itertools.count()
+    queue.add_all(f"{next(arrived)}" for _ in range(50))
+    overtaken = []
+    for taken in range(2_000):
+        overtaken.append(taken - int(queue.take()))
+        queue.add(f"{next(arrived)}")
+    assert max(overtaken) < 100
+
+
+def test_several_take_the_same_names_in_another_order() -> None:
+    orders = []
+    for _ in range(2):
+        queue = work.Work("test")
+        queue.add_all(map(str, range(1_000)))
+        orders.append([queue.take() for _ in range(1_000)])
+    assert sorted(orders[0]) == sorted(orders[1])
+    assert sum(one == other for one, other in zip(*orders, strict=True)) < 100
+
+
 class Scripted:
     """An API server that answers lists and watches with what it was given, and then is gone."""
 

@@ -13,30 +13,39 @@ from controller.api import Refused
 from controller.log import Trouble, described, say
 
 _LONGEST = 60.0
+_NOW = float("-inf")
 
 
 class Work:
-    """A queue of names. Those that are due come in no order, so that control planes seldom look at the same one."""
+    """A queue of names. Each is taken before or among those that come while as many as it found there are taken: none
+    waits for ever, and control planes seldom look at the same one."""
 
     def __init__(self, what: str) -> None:
         self._what = what
-        self._due: dict[str, float] = {}
-        self._heap: list[tuple[float, float, str]] = []
+        self._when: dict[str, float] = {}
+        self._later: list[tuple[float, str]] = []
+        self._ready: list[tuple[float, str]] = []
+        self._count = 0
         self._changed = threading.Condition()
         self._failures: dict[str, int] = {}
 
     def add(self, name: str, delay: float = 0.0) -> None:
         """delay: seconds. A name that is already to be looked at sooner stays as it is."""
-        due = time.monotonic() + delay if delay > 0 else 0.0
+        when = time.monotonic() + delay if delay > 0 else _NOW
         with self._changed:
-            if name in self._due and self._due[name] <= due:
+            if name in self._when and self._when[name] <= when:
                 return
-            self._due[name] = due
-            heapq.heappush(self._heap, (due, random.random(), name))  # noqa: S311
+            self._when[name] = when
+            if when == _NOW:
+                self._queue(name)
+            else:
+                heapq.heappush(self._later, (when, name))
             self._changed.notify()
 
     def add_all(self, names: Iterable[str]) -> None:
-        for name in names:
+        ordered = list(names)
+        random.shuffle(ordered)
+        for name in ordered:
             self.add(name)
 
     def take(self) -> str:
@@ -44,12 +53,21 @@ class Work:
         with self._changed:
             while True:
                 now = time.monotonic()
-                while self._heap and self._heap[0][0] <= now:
-                    due, _, name = heapq.heappop(self._heap)
-                    if self._due.get(name) == due:
-                        del self._due[name]
-                        return name
-                self._changed.wait(self._heap[0][0] - now if self._heap else None)
+                while self._later and self._later[0][0] <= now:
+                    when, name = heapq.heappop(self._later)
+                    if self._when.get(name) == when:  # it was not wanted sooner since
+                        self._when[name] = _NOW
+                        self._queue(name)
+                if self._ready:
+                    _, name = heapq.heappop(self._ready)
+                    del self._when[name]
+                    return name
+                self._changed.wait(self._later[0][0] - now if self._later else None)
+
+    def _queue(self, name: str) -> None:
+        self._count += 1
+        place = self._count + random.uniform(0, len(self._ready))  # noqa: S311
+        heapq.heappush(self._ready, (place, name))
 
     def run(self, look: Callable[[str], float | None]) -> NoReturn:
         """Looks at each name for ever. look returns the seconds after which it shall see the name again, or None."""
