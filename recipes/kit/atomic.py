@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -11,10 +12,29 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from recipes.kit.errors import BakeError
+
 WORTH_SYNCING_ALL = 16  # files; fewer are synced one by one, whatever else the desk has to write
 WORTH_KEEPING = 16 << 20  # bytes; a smaller file is as quickly written anew
 
 _unsettled: list[Path] = []
+
+
+@contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """What keeps this program from writing below a folder, as a BakeError: the disk is full, or not ours to write."""
+    try:
+        yield
+    except OSError as trouble:
+        if trouble.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise BakeError("the disk is full", where=where, remedy="make room, then run again") from trouble
+        at = Path(os.fsdecode(trouble.filename)) if trouble.filename is not None else where
+        ours = where.is_relative_to(at) or at.is_relative_to(where)  # not a source that cannot be read
+        if trouble.errno == errno.EROFS or (trouble.errno in (errno.EACCES, errno.EPERM) and ours):
+            raise BakeError(
+                f"may not write here: {trouble.strerror}", where=where, remedy="mend the folder's owner or mode"
+            ) from trouble
+        raise
 
 
 @contextmanager
@@ -25,8 +45,13 @@ def replacing(target: Path, *, mode: int = 0o600, keep: bool = False, later: boo
     keep: a large target is itself taken away from its name, and the block gets it with all that it holds, so that only
     what differs need be written; the block leaves no byte of it that it does not mean, and cuts off what is behind.
     Names are unique, so two bakes at once do no harm; what a killed bake left begins with ".", and the next one removes
-    it: to look for it here would cost more with every file in the folder.
+    it: to look for it here would cost more with every file in the folder. BakeError as of disk_errors().
     """
+    with disk_errors(target.parent):
+        yield from _replacing(target, mode, keep, later)
+
+
+def _replacing(target: Path, mode: int, keep: bool, later: bool) -> Iterator[IO[bytes]]:
     target.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     temporary = Path(name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
+from recipes.kit.atomic import disk_errors
 from recipes.kit.choices import Choices
 from recipes.kit.errors import BakeError
 from recipes.kit.hashing import hash_file, remember, sha256_of
@@ -180,7 +180,7 @@ def fetch(
     place = stand_in(url, desk.mirror)
     partial = desk.cache.root / "partial" / f"{algorithm}-{wanted}"
     waiting = f"{title}: waiting for another bake that downloads it"
-    with _disk_errors(desk.cache.root), locked(partial.with_suffix(".lock"), lambda: desk.progress.note(waiting)):
+    with disk_errors(desk.cache.root), locked(partial.with_suffix(".lock"), lambda: desk.progress.note(waiting)):
         if found := _find(algorithm, wanted, desk.cache):  # another process fetched it while we waited
             return found
         if isinstance(place, Path):
@@ -531,17 +531,3 @@ def _find(algorithm: str, wanted: str, cache: Cache) -> Path | None:
     except FileNotFoundError:
         return None
     return found if found is not None and hash_file(found, algorithm) == wanted else None
-
-
-@contextlib.contextmanager
-def _disk_errors(where: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as trouble:
-        if trouble.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise BakeError("the disk is full", where=where, remedy="make room, then run again") from trouble
-        if trouble.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise BakeError(
-                f"may not write here: {trouble.strerror}", where=where, remedy="mend the folder's owner or mode"
-            ) from trouble
-        raise

@@ -145,6 +145,12 @@ class Run(DoitRun):  # type: ignore[misc]
         try:
             with locked(BUILD / ".lock", waiting=_waiting):
                 return int(super().execute(params, args))
+        except (BakeError, sqlite3.OperationalError) as error:  # the second is of State
+            full = BakeError(
+                f"what is baked cannot be written down: {error}", where=BUILD, remedy="make room, or mend it"
+            )
+            print(f"ERROR: {_in_words(error if isinstance(error, BakeError) else full)}", file=sys.stderr)
+            return 2
         except KeyboardInterrupt:
             print("Interrupted. Nothing half-written counts as done; the next doit continues.", file=sys.stderr)
             return 130

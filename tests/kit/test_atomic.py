@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from recipes.kit import atomic
+from recipes.kit.errors import BakeError
 
 OLD, NEW = b"old " * 10, b"new"
 
@@ -103,6 +104,7 @@ def test_killed_while_it_changes_it_has_no_name(target: Path) -> None:
 import os, signal, sys
 from pathlib import Path
 from recipes.kit import atomic
+from recipes.kit.errors import BakeError
 atomic.WORTH_KEEPING = 1
 with atomic.replacing(Path(sys.argv[1]), keep=True) as out:
     out.write(b"new")
@@ -114,3 +116,43 @@ with atomic.replacing(Path(sys.argv[1]), keep=True) as out:
     assert not target.exists()
     [left] = target.parent.iterdir()
     assert left.name.startswith(".file.") and left.read_bytes() == NEW + OLD[3:]
+
+
+def test_a_full_disk_is_told_and_what_was_there_stays(tmp_path: Path) -> None:
+    """On a small disk of its own, which a namespace of its own lets one mount without root."""
+    script = """
+import sys
+from pathlib import Path
+from recipes.kit import atomic
+from recipes.kit.errors import BakeError
+from recipes.kit.errors import BakeError
+target = Path(sys.argv[1]) / "f"
+atomic.write(target, b"before")
+try:
+    atomic.write(target, bytes(1 << 20))
+except BakeError as error:
+    print(error, [path.name for path in target.parent.iterdir()], target.read_bytes())
+"""
+    mounted = 'mount -t tmpfs -o size=256k tmpfs "$1" && exec "$2" -c "$3" "$1"'
+    own = ["unshare", "--map-root-user", "--mount", "sh", "-c", mounted]
+    command = [*own, "sh", str(tmp_path), sys.executable, script]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "unshare:" in done.stderr:
+        pytest.skip(f"this desk does not let a process have a namespace of its own: {done.stderr}")
+    assert done.stdout == f"{tmp_path}: the disk is full\n  -> make room, then run again ['f'] b'before'\n", done.stderr
+
+
+def test_a_folder_of_somebody_elses_is_told(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        command = ["chattr", "+i", str(tmp_path)]  # nobody may write there, not even root
+        if subprocess.run(command, capture_output=True).returncode != 0:
+            pytest.skip("this file system cannot keep root from writing")
+    else:
+        tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(BakeError, match="may not write here"):
+            atomic.write(tmp_path / "sub" / "f", b"")
+    finally:
+        if os.geteuid() == 0:
+            subprocess.run(["chattr", "-i", tmp_path], check=True)
+        tmp_path.chmod(0o700)

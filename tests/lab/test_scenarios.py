@@ -94,22 +94,23 @@ def test_an_administrators_credential_has_a_place_of_roots_alone(ha: Lab) -> Non
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize(
-    ("name", "targets"),
-    [("control-1", ("master", "etcd", "controlplane", "node")), ("worker-1", ("node",))],
-)
-def test_the_cis_benchmark_finds_what_is_explained(ha: Lab, name: str, targets: tuple[str, ...]) -> None:
+def test_the_cis_benchmark_finds_what_is_explained(ha: Lab) -> None:
+    count = benchmarked(ha, "control-1", "master", "etcd", "controlplane", "node")
+    assert count["PASS"] >= 87 and count["WARN"] == len(benchmark.explained())
+    benchmarked(ha, "worker-1", "node")
+
+
+def benchmarked(lab: Lab, name: str, *targets: str) -> Counter[str]:
     """No failure, nothing skipped; overlays/README.md tells why of each warning, and of no other check."""
-    machine = ha.machine(name)
+    machine = lab.machine(name)
     assert isinstance(machine, Container)
     judged = benchmark.judge(machine, *targets)
     count = Counter(judged.values())
     say(f"{name}: {count}")
     warned = {check for check, state in judged.items() if state == "WARN"}
-    explained = benchmark.explained()
     assert {check: state for check, state in judged.items() if state not in ("PASS", "WARN")} == {}
-    assert warned == {check for check in explained if check in judged}
-    assert name == "worker-1" or (count["PASS"] >= 87 and explained <= set(judged))
+    assert warned == {check for check in benchmark.explained() if check in judged}
+    return count
 
 
 def test_a_restarted_kubelet_takes_up_its_pods(ha: Lab) -> None:
@@ -274,6 +275,8 @@ def test_images_survive_garbage_collection(bake: Baker) -> None:
 def test_external_etcd(bake: Baker) -> None:
     with switched_on(bake, "external") as lab:
         settled(lab, power_on(lab))
+        benchmarked(lab, "etcd-1", "etcd")
+        benchmarked(lab, "control-1", "master", "controlplane", "node")
 
 
 @pytest.mark.matrix
