@@ -21,7 +21,7 @@ from recipes.kit.choices import Choices
 from recipes.kit.download import Desk
 from recipes.kit.errors import BakeError, BakeErrors
 from recipes.kit.graph import SIDE_BY_SIDE, Same, action, argument
-from recipes.kit.model import Arch, Node, Source
+from recipes.kit.model import Arch, Node, Role, Source
 from recipes.kit.profiles import ADMIN_CONF, DESK
 from recipes.kit.progress import for_this_terminal
 from recipes.kit.vault import Key
@@ -134,13 +134,13 @@ def task_payload() -> Iterator[Task]:
 
 def task_node() -> Iterator[Task]:
     """bake one machine: its tarball and its seed ISO"""
-    templates = overlay.inputs([overlay.IDENTITY])
+    shared = payload_records()
     for node in wanted_nodes("node", "image", whole=("lab",)):
         yield {
             "name": node.name,
             "actions": [action(bake().make_node, node)],
             "meta": SIDE_BY_SIDE,
-            "file_dep": [bake().payload_record(node.role, node.arch), *templates],
+            "file_dep": [shared[node.role, node.arch]],
             "targets": [bake().tarball(node), bake().seed(node)],
             "uptodate": [Same(bake().inputs_of_node, node)],
             "clean": True,
@@ -149,13 +149,13 @@ def task_node() -> Iterator[Task]:
 
 def task_certs() -> Iterator[Task]:
     """bake what renews a machine that runs: its certificates and token, without the payload that it has"""
-    templates = overlay.inputs([overlay.IDENTITY])
+    shared = payload_records()
     for node in wanted_nodes("certs"):
         yield {
             "name": node.name,
             "actions": [action(bake().make_certs, node)],
             "meta": SIDE_BY_SIDE,
-            "file_dep": [bake().payload_record(node.role, node.arch), *templates],
+            "file_dep": [shared[node.role, node.arch]],
             "targets": [bake().certs(node)],
             "uptodate": [Same(bake().inputs_of_node, node)],
             "clean": True,
@@ -200,13 +200,17 @@ def wanted_nodes(*kinds: str, whole: Collection[str] = ()) -> list[Node]:
     return list(bake().cluster.nodes) if names is None else [inventory.find(bake().cluster, name) for name in names]
 
 
+def payload_records() -> dict[tuple[Role, Arch], Path]:
+    return {payload: bake().payload_record(*payload) for payload in bake().cluster.payloads}
+
+
 def task_volume() -> Iterator[Task]:
     """write the payloads' volume that machines with thin media share"""
     if any(node.media == "thin" for node in bake().cluster.nodes):
         yield {
             "name": "payloads",
             "actions": [action(bake().make_volume)],
-            "file_dep": [bake().payload_record(role, arch) for role, arch in bake().cluster.payloads],
+            "file_dep": list(payload_records().values()),
             "targets": [bake().volume],
             "clean": True,
         }

@@ -51,6 +51,14 @@ class Bake:
     def folder(self) -> Path:
         return self.desk.build / self.cluster.name
 
+    @cached_property
+    def _nodes(self) -> Path:
+        return self.folder / "nodes"
+
+    @cached_property
+    def _seeds(self) -> Path:
+        return self.folder / "seeds"
+
     @property
     def admin_conf(self) -> Path:
         return self.folder / "admin.conf"
@@ -92,10 +100,10 @@ class Bake:
         return self.payload(role, arch).with_name(f"{role}-{arch}.cdx.json")
 
     def tarball(self, node: Node) -> Path:
-        return self.folder / "nodes" / f"{node.name}.tar.gz"
+        return self._nodes / f"{node.name}.tar.gz"
 
     def seed(self, node: Node) -> Path:
-        return self.folder / "seeds" / f"{node.name}.iso"
+        return self._seeds / f"{node.name}.iso"
 
     def base(self, arch: Arch) -> Path:
         """The disk that disk images begin with, where it is made here."""
@@ -149,7 +157,7 @@ class Bake:
     @cached_property
     def generation(self) -> int:
         """Counts the versions of what the control planes bring: 1, 2 ... Kept in the store, so that it never falls."""
-        known = digest(self.code, self._named_alike, self._tokens(), self._operators_bytes(), self._references())
+        known = digest(self.code, self._machines, self._operators_bytes(), self._references())
         kept = Choices(self.where / "generation.json")  # not with the choices, which may be thrown away
         last = kept.get("generation", "objects") or {"of": None, "number": 0}
         if last["of"] == known:
@@ -157,6 +165,11 @@ class Bake:
         number = int(last["number"]) + 1
         kept.remember("generation", "objects", {"of": known, "number": number})
         return number
+
+    @cached_property
+    def _machines(self) -> str:
+        """What control planes know of all machines, and of the cluster as a whole."""
+        return digest(self._named_alike, self._tokens())
 
     @property
     def _named_alike(self) -> Cluster:
@@ -172,9 +185,8 @@ class Bake:
             for node in self.cluster.kubelets
         ]
 
-    def _operators_files(self) -> list[tuple[str, int, int]]:
-        authorities = [registry.ca for registry in self.cluster.registries if registry.ca is not None]
-        return [_stamp(path) for path in (*self.cluster.extra_objects, *authorities)]
+    def _authorities(self) -> list[tuple[str, int, int]]:
+        return [_stamp(registry.ca) for registry in self.cluster.registries if registry.ca is not None]
 
     def _operators_bytes(self) -> list[str]:
         return [hashlib.sha256(path.read_bytes()).hexdigest() for path in self.cluster.extra_objects]
@@ -240,7 +252,7 @@ class Bake:
         records.write(self.record("images", arch), images.obtain(self.cluster, arch, self.desk, coredns))
 
     def inputs_of_payload(self, role: Role, arch: Arch) -> str:
-        return digest(self.code, self.shared, role, arch, self.mtime, self.secrets.cluster_id, self._operators_files())
+        return digest(self.code, self.shared, role, arch, self.mtime, self.secrets.cluster_id, self._authorities())
 
     def make_payload(self, role: Role, arch: Arch) -> None:
         from recipes import bom, closure, payload
@@ -295,12 +307,13 @@ class Bake:
 
     @cached_property
     def _known_to_all(self) -> str:
-        return digest(self.shared, self.cluster.users)
+        templates = overlay.inputs([overlay.IDENTITY])
+        return digest(self.shared, self.cluster.users, digest_of_files(templates, overlay.OVERLAYS))
 
     @cached_property
     def _known_to_control_planes(self) -> str:
-        everything = (self.cluster.unwired, self._tokens(), self._operators_files(), self.generation)
-        return digest(self._known_to_all, everything)
+        objects = [_stamp(path) for path in self.cluster.extra_objects]
+        return digest(self._known_to_all, self._machines, self.cluster.registries, objects, self.generation)
 
     def make_node(self, node: Node) -> None:
         from recipes import node as node_recipe

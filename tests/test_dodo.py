@@ -17,7 +17,7 @@ import struct
 import subprocess
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +55,12 @@ nodes:
   - {name: control-1, role: control-plane, address: 192.168.10.11}
 pools:
   - {name: worker, role: worker, count: 60, firstAddress: 192.168.10.21}
+"""
+MANIFEST = """\
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: dns, namespace: kube-system}
+data: {Corefile: ". { cache 30 }"}
 """
 
 
@@ -109,7 +115,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def changed(before: dict[str, int], after: dict[str, int]) -> set[str]:
+def changed(before: Mapping[str, object], after: Mapping[str, object]) -> set[str]:
     return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
 
 
@@ -523,10 +529,12 @@ def test_another_address_of_a_worker_rebuilds_it_and_who_knows_it(editing: Desk)
 
 
 def test_one_worker_more_changes_no_other_and_no_payload(editing: Desk) -> None:
-    before = editing.stamps()
+    before, bytes_before = editing.stamps(), editing.digests()
     editing.file.write_text(SMALL + LATER)
     editing.doit()
-    assert changed(before, editing.stamps()) == machine("worker-3") | machine("control-1")
+    expected = machine("worker-3") | machine("control-1")
+    assert changed(before, editing.stamps()) == expected
+    assert changed(bytes_before, editing.digests()) == expected
     for name in machine("worker-3"):
         (editing.build / name).unlink()
 
@@ -538,6 +546,26 @@ def test_another_etcd_unit_rebuilds_control_planes_only(editing: Desk) -> None:
         told = editing.doit("node")
     assert made(told) == {"payload:control-plane-amd64", "node:control-1"}
     assert changed(before, editing.stamps()) == payload("control-plane") | machine("control-1")
+
+
+def test_another_manifest_rebuilds_control_planes_only(editing: Desk) -> None:
+    """Such as a CoreDNS of one's own."""
+    manifest = editing.file.with_name("dns.yaml")
+    manifest.write_text(MANIFEST)
+    editing.file.write_text(SMALL + "extraObjects: [dns.yaml]\n")
+    editing.doit()
+    before = editing.stamps()
+    manifest.write_text(MANIFEST.replace("30", "60"))
+    assert made(editing.doit()) == {"node:control-1"}
+    assert changed(before, editing.stamps()) == machine("control-1")
+
+
+def test_another_template_of_machines_rebuilds_them_and_no_payload(editing: Desk) -> None:
+    before = editing.stamps()
+    template = editing.project.root / "overlays/node/etc/nodebake/node.env.j2"
+    with edited(template, lambda text: f"{text}# edited\n"):
+        editing.doit()
+    assert changed(before, editing.stamps()) == {name for name in before if not name.startswith("payloads/")}
 
 
 def test_a_deleted_artifact_is_made_again(small: Desk) -> None:

@@ -8,6 +8,7 @@ MD5 is computed per task), and failures that a person can mend are told without 
 from __future__ import annotations
 
 import difflib
+import gc
 import inspect
 import os
 import signal
@@ -42,6 +43,9 @@ SIDE_BY_SIDE: dict[str, str] = {}  # a task's `meta`, where it may run beside ot
 WORTH_A_CREW = 20  # such tasks; fewer are done before there are other processes
 # doit's others are for mending doit itself.
 COMMANDS = ("clean", "decrypt", "encrypt", "help", "info", "list", "rekey", "verify")
+
+# Machines and tasks stay until the end, so looking for garbage among thousands of them again and again finds none.
+gc.set_threshold(100_000)
 
 
 def argument(name: str, *, one_of: Sequence[str] = ()) -> str | None:

@@ -7,9 +7,10 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
+from functools import partial
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -271,9 +272,10 @@ class _Rules:
             elif extra.network.prefixlen <= 30 and extra.ip in (extra.network[0], extra.network[-1]):
                 what = f"{extra.ip} is the network or broadcast address of {extra.network}"
                 self.refuse(what, "Give one between them.", *loc, "extraAddresses", at)
-        network = self._network(shape, entry, wired, wired.links, tuple(addresses))
-        node = self._machine(shape, entry, entry.name, network, loc, has_workers, entry.serial, entry.denied)
-        return [_Made(node, loc, entry)]
+        network = self._network(shape, entry, wired)(links=wired.links, addresses=tuple(addresses))
+        machine = self._machine(shape, entry, entry.name, loc, has_workers, entry.denied)
+        denied = entry.denied or entry.name in shape.denied
+        return [_Made(machine(entry.name, network=network, serial=entry.serial, denied=denied), loc, entry)]
 
     def _pool(self, shape: ClusterFile, pool: Pool, loc: Loc, has_workers: bool) -> list[_Made]:
         for key, values in (("macs", pool.macs), ("serials", pool.serials)):
@@ -298,31 +300,22 @@ class _Rules:
         self._inside(pool.first_address, wired, f"The pool {pool.name}'s {pool.first_address}", *loc, "firstAddress")
         denied = set(shape.denied)
         made: list[_Made] = []
-        template: Node | None = None
+        machine = self._machine(shape, pool, f"{pool.name}-1", loc, has_workers, False)
+        wire = self._network(shape, pool, wired)
         for at in range(pool.count):
             name = f"{pool.name}-{at + 1}"
             links = wired.links
             if pool.macs and not pool.links:
                 links = (Link(links[0].name, pool.macs[at] if at < len(pool.macs) else None),)
-            network = self._network(shape, pool, wired, links, (IPv4Interface((first + at, wired.subnet.prefixlen)),))
+            network = wire(links=links, addresses=(IPv4Interface((first + at, wired.subnet.prefixlen)),))
             serial = pool.serials[at] if pool.serials and at < len(pool.serials) else None
-            if template is None:  # what the machines share is looked at once
-                template = self._machine(shape, pool, name, network, loc, has_workers, serial, False)
-            node = replace(template, name=name, network=network, serial=serial, denied=name in denied)
-            made.append(_Made(node, loc, pool))
+            made.append(_Made(machine(name, network=network, serial=serial, denied=name in denied), loc, pool))
         return made
 
     def _machine(
-        self,
-        shape: ClusterFile,
-        entry: Machine,
-        name: str,
-        network: Network,
-        loc: Loc,
-        has_workers: bool,
-        serial: str | None,
-        denied: bool,
-    ) -> Node:
+        self, shape: ClusterFile, entry: Machine, name: str, loc: Loc, has_workers: bool, denied: bool
+    ) -> partial[Node]:
+        """What makes the machine, given what it does not share with the others of a pool."""
         if entry.role in ("etcd", "load-balancer"):
             for key, value in (
                 ("labels", entry.labels),
@@ -339,19 +332,16 @@ class _Rules:
             taints = [CONTROL_PLANE_TAINT] if entry.role == "control-plane" and has_workers else []
         for twice in _twice([(taint.partition("=")[0], taint.rpartition(":")[2]) for taint in taints]):
             self.refuse(f"The taint {twice[0]} stands twice", "Remove one of the two.", *loc, "taints")
-        return Node(
-            name=name,
+        return partial(
+            Node,
             role=entry.role,
             arch=entry.arch or shape.arch,
-            network=network,
             media=entry.media or shape.media,
-            serial=serial,
             storage=entry.storage,
             labels=tuple(sorted(entry.labels.items())),
             taints=tuple(taints),
             volumes=tuple(self._local_volumes(shape, entry, loc)),
             runs_etcd=entry.role == ("control-plane" if shape.etcd == "stacked" else "etcd"),
-            denied=denied or name in shape.denied,
         )
 
     def _local_volumes(self, shape: ClusterFile, entry: Machine, loc: Loc) -> Iterator[LocalVolume]:
@@ -443,20 +433,13 @@ class _Rules:
                 what = f"A card of {entry.name} would be {name}, which is what its {kind} is called"
                 self.refuse(what, "Call the card something else, as eno1.", *where)
 
-    def _network(
-        self,
-        shape: ClusterFile,
-        entry: Machine,
-        wired: _Wired,
-        links: tuple[Link, ...],
-        addresses: tuple[IPv4Interface, ...],
-    ) -> Network:
+    def _network(self, shape: ClusterFile, entry: Machine, wired: _Wired) -> partial[Network]:
+        """What makes the network, given links and addresses."""
         shared = shape.machine_network
         nameservers = shared.nameservers if entry.nameservers is None else entry.nameservers
         search = shared.search if entry.search is None else entry.search
-        return Network(
-            links=links,
-            addresses=addresses,
+        return partial(
+            Network,
             bond=wired.bond,
             vlan=entry.vlan or shared.vlan,
             mtu=entry.mtu or shared.mtu,
@@ -491,7 +474,7 @@ class _Rules:
         machines: dict[IPv4Network, Loc] = {}
         if shared.subnet:
             machines[shared.subnet] = ("machineNetwork", "subnet")
-        for one in made:
+        for one in _of_each_entry(made):
             for at, interface in enumerate(one.node.network.addresses):
                 loc = (*one.loc, "subnet") if at == 0 else (*one.loc, "extraAddresses", at - 1)
                 machines.setdefault(interface.network, loc)
@@ -555,7 +538,7 @@ class _Rules:
         taken: dict[IPv4Address, str] = {}
         if shape.virtual_ip:
             taken[shape.virtual_ip] = "virtualIP"
-        for one in made:
+        for one in _of_each_entry(made):
             if one.node.network.gateway:
                 taken[one.node.network.gateway] = "the gateway"
         if shape.virtual_ip and taken[shape.virtual_ip] == "the gateway":
@@ -824,6 +807,11 @@ class _Rules:
 
 
 _DIVIDE: Final = "Divide them into several clusters."
+
+
+def _of_each_entry(made: Sequence[_Made]) -> Iterable[_Made]:
+    """One machine of each entry of the file: those of a pool are wired alike."""
+    return {one.loc: one for one in made}.values()
 
 
 def _twice(values: Iterable[_T]) -> list[_T]:

@@ -26,7 +26,6 @@ CLUSTER = "ha"
 THIN = "thin"  # the same cluster on thin media: nothing large is written for a machine
 NODE = "worker-3"
 IMPORTS = [sys.executable, "-c", "import doit, jinja2, pydantic"]
-COMPILED = {"PYTHONDONTWRITEBYTECODE": ""}  # as Python does it unless told otherwise: compiled modules are kept
 
 
 def main() -> None:
@@ -106,7 +105,7 @@ def rebakes(project: Project, rounds: int) -> tuple[list[Run], list[Floor]]:
         measure.warm(distinct)
         shutil.rmtree(project.root / "build" / CLUSTER)
         measure.settle()
-        bakes.append(measure.run(project.command(), project.root, COMPILED))
+        bakes.append(measure.run(project.command(), project.root))
         measure.warm([*distinct, *artifacts(project)])
         measure.settle()
         floors.append(measure.floor(distinct, every, artifacts(project), project.root / "build" / "floor"))
@@ -124,10 +123,10 @@ def small_runs(project: Project, rounds: int) -> dict[str, list[Run]]:
         measure.warm(artifacts(project))
         measure.settle()
         turn = {
-            "imports": measure.run(IMPORTS, project.root, COMPILED),
-            "changed": measure.run(project.command(), project.root, COMPILED),
-            "no-op": measure.run(project.command(), project.root, COMPILED),
-            "changed, thin": measure.run(project.command(f"cluster={thin}"), project.root, COMPILED),
+            "imports": measure.run(IMPORTS, project.root),
+            "changed": measure.run(project.command(), project.root),
+            "no-op": measure.run(project.command(), project.root),
+            "changed, thin": measure.run(project.command(f"cluster={thin}"), project.root),
         }
         for name, run in turn.items():
             if number >= 0:  # the first turn fills caches

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,8 +60,9 @@ class Goal:
         return self.ratio <= self.limit
 
 
-def run(command: Sequence[str | Path], folder: Path, environment: Mapping[str, str] | None = None) -> Run:
+def run(command: Sequence[str | Path], folder: Path) -> Run:
     """Runs a command in a folder; its output is dropped unless it fails (CalledProcessError, with what it said).
+    Compiled modules are kept, as Python does it unless told otherwise.
 
     The peak is the largest of the command and of what it started: wait4() tells it of this process's child alone.
     It is never less than what this process itself held when it started the command (Linux counts from the fork on).
@@ -70,7 +71,7 @@ def run(command: Sequence[str | Path], folder: Path, environment: Mapping[str, s
     with subprocess.Popen(
         command,
         cwd=folder,
-        env={**os.environ, **(environment or {})},
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     ) as process:
