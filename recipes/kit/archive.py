@@ -22,6 +22,7 @@ from typing import IO, Self
 from isal import isal_zlib
 
 from recipes.kit.atomic import replacing
+from recipes.kit.crew import CORES
 from recipes.kit.errors import BakeError
 from recipes.kit.hashing import known
 from recipes.kit.model import USERS, File, Origin
@@ -136,7 +137,7 @@ class GzipMember:
         self._out = out
         self._advance = advance
         self._pool: ThreadPoolExecutor | None = None
-        self._cores = min(os.cpu_count() or 1, 4)
+        self._cores = min(CORES, 4)
         self._waiting: deque[Future[bytes]] = deque()
         self._block = bytearray(BLOCK)
         self._filled = 0

@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes.kit import archive
+from recipes.kit import archive, crew
 
-CORES = min(os.cpu_count() or 1, 4)  # as many threads as archive compresses on
+CORES = min(crew.CORES, 4)  # as many threads as archive compresses on
 
 
 @dataclass(frozen=True)
