@@ -1,6 +1,7 @@
 """The task graph: `doit` bakes the whole cluster, `doit node:NAME` one machine, `doit list` names what there is.
 
 Arguments: cluster=FILE  secrets=DIR  key=FILE  source=release|modules  mirror=URL-or-DIR  images=DIR (doit lab)
+           registry=oci://HOST/REPOSITORY (doit publish)
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Task = dict[str, Any]
 
 @cache
 def bake() -> Bake:
-    graph.only_arguments("cluster", "secrets", "key", "source", "mirror", "images")
+    graph.only_arguments("cluster", "secrets", "key", "source", "mirror", "images", "registry")
     now = datetime.now(UTC)
     file = Path(argument("cluster") or PACKAGE / "clusters" / "ha.yaml")
     cluster = inventory.load(file, now=now)
@@ -216,6 +217,23 @@ def task_volume() -> Iterator[Task]:
         }
 
 
+def task__publish() -> Task:
+    """tell that no registry is named, before a bake that may take long"""
+    return {"actions": [action(registry)]}
+
+
+def task_publish() -> Iterator[Task]:
+    """push the payloads to an OCI registry: the cluster file's payloadServer, or registry=oci://HOST/REPOSITORY"""
+    for role, arch in bake().cluster.payloads:
+        yield {
+            "name": f"{role}-{arch}",
+            "actions": [action(publish, role, arch)],
+            "task_dep": ["_publish"],
+            "file_dep": [bake().payload_record(role, arch)],
+            "uptodate": [False],  # the registry alone knows what it has
+        }
+
+
 def task_desk() -> Task:
     """write what the administrators need: admin.conf, trust.tar.gz, known_hosts"""
     return {
@@ -289,6 +307,14 @@ def give_back() -> None:
             for path in (Path(folder), *(Path(folder, file) for file in files)):
                 if path.lstat().st_uid == 0:
                     os.chown(path, person, group, follow_symlinks=False)
+
+
+def registry() -> None:
+    bake().registry(argument("registry"))
+
+
+def publish(role: Role, arch: Arch) -> None:
+    print(bake().publish(role, arch, argument("registry")))
 
 
 def info(names: list[str]) -> None:

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING
 
 from recipes import records
 from recipes.components import load_components
-from recipes.kit import atomic, inventory, overlay, store
+from recipes.kit import atomic, distribution, formats, inventory, overlay, sizing, store
 from recipes.kit.choices import Choices
+from recipes.kit.distribution import Fetch, Repository
 from recipes.kit.download import Desk
 from recipes.kit.errors import BakeError
+from recipes.kit.hashing import sha256_of
 from recipes.kit.model import Arch, BaseImage, Cluster, Fetched, File, Node, Role
 from recipes.kit.profiles import DESK
 from recipes.kit.vault import Key
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from recipes.audit import Audit
     from recipes.closure import Proven
     from recipes.disk import Layout
+    from recipes.payload import Baked
 
 PACKAGE = Path(__file__).parent
 
@@ -43,7 +46,7 @@ class Bake:
     now: datetime
     minting: bool = True  # False: only look
     key: Key = field(default_factory=Key, repr=False)  # what opens the store, where it is encrypted
-    _proofs: dict[tuple[Role, Arch], tuple[str, Proven]] = field(default_factory=dict, init=False, repr=False)
+    _proofs: dict[tuple[Role, Arch], tuple[Proven, Baked]] = field(default_factory=dict, init=False, repr=False)
 
     # ---- where things lie
 
@@ -284,18 +287,19 @@ class Bake:
             mtime=self.mtime,
             sign=lambda data: store.sign(self.secrets, data),
             progress=self.desk.progress,
+            hashed=self.cluster.payload_server is not None,
             beside={"proven": proven.as_record()},
         )
         atomic.write(self.payload_bom(role, arch), parts.data or b"")
 
-    def identity(self, node: Node, *, sums: str) -> list[File]:
+    def identity(self, node: Node, *, sums: str, fetch: Fetch | None = None) -> list[File]:
         from recipes import node as node_recipe
 
         if node.role != "control-plane":
-            return node_recipe.identity(self.shared, node, self.secrets, sums=sums)
+            return node_recipe.identity(self.shared, node, self.secrets, sums=sums, fetch=fetch)
         image = {image.name: image.reference for image in records.read_images(self.record("images", node.arch))}
         return node_recipe.identity(
-            self.cluster.unwired, node, self.secrets, sums=sums, image=image, generation=self.generation
+            self.cluster.unwired, node, self.secrets, sums=sums, fetch=fetch, image=image, generation=self.generation
         )
 
     def inputs_of_node(self, node: Node) -> str:
@@ -303,7 +307,9 @@ class Bake:
         known = self._known_to_all if node.role != "control-plane" else self._known_to_control_planes
         token = self.secrets.tokens.get(node.name)
         minted = (self.secrets.cluster_id, self.secrets.life(node.name), token.id if token else None)
-        return digest(self.code, known, node, self.mtime, minted, self._passwords() if node.runs_kubelet else ())
+        crowd = sizing.crowd(len(self.cluster.fetching)) if node.media == "thin" else 0
+        passwords = self._passwords() if node.runs_kubelet else ()
+        return digest(self.code, known, node, self.mtime, minted, passwords, crowd)
 
     @cached_property
     def _known_to_all(self) -> str:
@@ -338,8 +344,9 @@ class Bake:
         """A machine's identity, complete upon its payload, and nothing in it that it may not have."""
         from recipes import closure
 
-        sums, proven = self._proven(node.role, node.arch)
-        contents = self.identity(node, sums=sums)
+        proven, baked = self._proven(node.role, node.arch)
+        fetch = distribution.fetch(self.cluster, node, sha256=baked.sha256, size=baked.size) if baked.sha256 else None
+        contents = self.identity(node, sums=baked.sums, fetch=fetch)
         debs = partial(records.read_fetched, self.record("packages", f"{node.role}-{node.arch}"))
         closure.prove(proven, self.cluster, node, contents, debs)
         self._audit.identity(contents, node)
@@ -351,14 +358,22 @@ class Bake:
 
         return Audit(self.cluster, self.secrets)
 
-    def _proven(self, role: Role, arch: Arch) -> tuple[str, Proven]:
-        """The digest and the proof of a payload, from its record: read once, however many machines there are."""
+    def _proven(self, role: Role, arch: Arch) -> tuple[Proven, Baked]:
+        """The proof of a payload, and what it is: read once, however many machines there are."""
         from recipes import closure, payload
 
         if (role, arch) not in self._proofs:
-            sums, proven = payload.read_record(self.payload(role, arch), "sums", "proven")
-            self._proofs[role, arch] = sums, closure.Proven.from_record(proven)
+            [proven] = payload.read_record(self.payload(role, arch), "proven")
+            self._proofs[role, arch] = closure.Proven.from_record(proven), self.baked(role, arch)
         return self._proofs[role, arch]
+
+    def baked(self, role: Role, arch: Arch) -> Baked:
+        """A payload that was baked."""
+        from recipes import payload
+
+        path = self.payload(role, arch)
+        sums, sha256 = payload.read_record(path, "sums", "sha256")
+        return payload.Baked(path, path.stat().st_size, sums, sha256)
 
     def inputs_of_base(self, arch: Arch) -> str:
         if (image := self.cluster.base_image(arch)) is None:
@@ -414,6 +429,27 @@ class Bake:
     def make_schema(self) -> None:
         text = json.dumps(inventory.json_schema(), indent=1)
         atomic.write(self.schema, text.encode() + b"\n")
+
+    def registry(self, named: str | None) -> Repository:
+        """The one that was named (oci://HOST/REPOSITORY), or else the cluster file's payloadServer."""
+        try:
+            server = formats.payload_server(named) if named else self.cluster.payload_server
+        except formats.Malformed as error:
+            raise BakeError(f"registry={named}: {error.what}", remedy=error.remedy) from error
+        repository = distribution.repository(server or "")
+        if repository is None:
+            what = f"{server} is no registry" if server else "no registry is named"
+            remedy = "say registry=oci://HOST/REPOSITORY, or name it in the cluster file: payloadServer: oci://HOST/REPOSITORY"
+            raise BakeError(what, where=None if named else self.cluster.file, remedy=remedy)
+        return repository
+
+    def publish(self, role: Role, arch: Arch, registry: str | None) -> str:
+        """Pushes a payload there; returns what it is called."""
+        from recipes import publish
+
+        baked = self.baked(role, arch)
+        baked = replace(baked, sha256=baked.sha256 or sha256_of(baked.path))
+        return publish.publish(self.cluster, role, arch, baked, self.registry(registry), self.desk)
 
     def make_volume(self) -> None:
         from recipes import seed

@@ -12,6 +12,7 @@ from typing import Any
 from recipes import bom, certificates, images, objects, payload, tokens
 from recipes.kit import archive, manifest, overlay, store
 from recipes.kit.archive import Packed
+from recipes.kit.distribution import Fetch
 from recipes.kit.model import Cluster, File, Node
 
 HOST_KEY = "/etc/ssh/ssh_host_ed25519_key"
@@ -23,14 +24,16 @@ def identity(
     secrets: store.Secrets,
     *,
     sums: str,
+    fetch: Fetch | None = None,
     image: Mapping[str, str] = MappingProxyType({}),
     generation: int = 0,
 ) -> list[File]:
     """Everything that this machine alone has, its signed manifest included, sorted by path. Pure but for the operator's
     registry passwords, which are read from their files.
 
-    sums: of the payload that it belongs to (payload.Written). For control planes, which bring the cluster's objects:
-    image, name -> reference in the payload, and generation, which counts the versions of what they bring.
+    sums: of the payload that it belongs to (payload.Baked); fetch: how it gets that from a server. For control planes,
+    which bring the cluster's objects: image, name -> reference in the payload, and generation, which counts the
+    versions of what they bring.
     """
     life = secrets.life(node.name)
     found = [
@@ -40,6 +43,7 @@ def identity(
             node,
             minted=_iso(life.minted),
             install_by=_iso(life.install_by),
+            fetch=fetch,
         ),
         File(manifest.SIGNING_KEY, data=secrets.signing.public_pem),
         bom.identity(f"{cluster.name}/{node.name}", payload.title(cluster, node.role, node.arch), sums, life.minted),

@@ -13,8 +13,9 @@ from typing import Any
 from recipes import images as container_images
 from recipes.components import load_components
 from recipes.kit import archive, atomic, manifest, overlay
-from recipes.kit.archive import Entry, Packed
+from recipes.kit.archive import Entry
 from recipes.kit.errors import BakeError
+from recipes.kit.hashing import sha256_of
 from recipes.kit.model import Arch, Cluster, Fetched, File, Image, Role
 from recipes.kit.progress import Progress
 
@@ -29,13 +30,14 @@ _CONTROL_PLANE = ("kube-apiserver", "kube-controller-manager", "kube-scheduler",
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    """A payload on disk: the tarball, its manifest beside it for the tasks behind it, and the name of its content
-    (SHA-256 of the manifest's sums)."""
+class Baked:
+    """A payload on disk; its manifest lies beside it for the tasks behind it (record_beside). size: in bytes; sums: the
+    name of its content (SHA-256 of the manifest's sums); sha256: of the tarball itself, where that was asked for."""
 
-    packed: Packed
-    record: Path
+    path: Path
+    size: int
     sums: str
+    sha256: str | None
 
 
 def programs(cluster: Cluster, role: Role) -> tuple[str, ...]:
@@ -83,10 +85,12 @@ def write(
     mtime: int,
     sign: Callable[[bytes], bytes],
     progress: Progress,
+    hashed: bool = False,
     beside: Mapping[str, Any] = MappingProxyType({}),
-) -> Written:
+) -> Baked:
     """Packs files() with its manifest into target (<role>-<arch>.tar.gz), and <role>-<arch>.json beside it: the same
-    manifest, what is given as `beside`, and under "sums" what a node's manifest vouches for."""
+    manifest, what is given as `beside`, under "sums" what a node's manifest vouches for, and under "sha256" the
+    tarball's own digest, by which those know it who fetch it (null, unless it is to be hashed)."""
     about = {"cluster": cluster.name, "role": role, "arch": arch, "digest": digest_of(contents)}
     made: list[File] = []
 
@@ -97,12 +101,12 @@ def write(
     total = sum(_size(file) for file in contents)
     with progress.step(f"packing {role} {arch}", total, "bytes") as advance:
         packed = archive.write_payload(contents, target, mtime=mtime, last=last, own=OWN_FOLDERS, advance=advance)
-    record = record_beside(target)
     sums = manifest.digest_of_sums(made, "payload")
     described = next(file.data for file in made if file.path.endswith("/payload.json"))
-    text = json.dumps({**json.loads(described or b"{}"), **beside, "sums": sums}, indent=1, sort_keys=True)
-    atomic.write(record, text.encode() + b"\n")
-    return Written(packed, record, sums)
+    sha256 = sha256_of(target) if hashed else None
+    document = {**json.loads(described or b"{}"), **beside, "sums": sums, "sha256": sha256}
+    atomic.write(record_beside(target), json.dumps(document, indent=1, sort_keys=True).encode() + b"\n")
+    return Baked(target, packed.size, sums, sha256)
 
 
 def record_beside(target: Path) -> Path:

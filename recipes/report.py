@@ -133,6 +133,7 @@ def cluster(bake: Bake) -> str:
         ("pods", f"{cluster.pod_subnet} by {cluster.pod_network}; services {cluster.service_subnet}"),
         ("store", str(bake.where)),
         *_size_of(cluster),
+        *_distribution(bake),
     )
     if not bake.minted:
         return "\n".join([*lines, "", "Nothing is baked yet: run doit."])
@@ -160,6 +161,24 @@ def _size_of(cluster: Cluster) -> list[tuple[str, str]]:
             "etcd's disk",
             f"one synchronous write in under {sizing.SYNC_LIMIT} ms (99th percentile); first boot measures the average",
         ),
+    ]
+
+
+def _distribution(bake: Bake) -> list[tuple[str, str]]:
+    """What the payloads' server has to send, as far as they are baked."""
+    sizes = {(role, arch): bake.payload(role, arch) for role, arch in bake.cluster.payloads}
+    there = {payload: path.stat().st_size for payload, path in sizes.items() if path.exists()}
+    found = [there.get((node.role, node.arch), 0) for node in bake.cluster.fetching]
+    if not sum(found):
+        return []
+    total = sum(found)
+    spread = sizing.spread(len(found), there.get(("worker", bake.cluster.fetching[-1].arch), 0))
+    begin = f"workers begin within {sizing.duration(spread)}" if spread else "all begin at once"
+    servers = f"{sizing.servers(total)} server{'s' if sizing.servers(total) > 1 else ''}"
+    times = f"{sizing.duration(sizing.sending(total))} at 1 Gbit/s, {sizing.duration(sizing.sending(total, 10))} at 10"
+    return [
+        ("payloads from", f"{bake.cluster.payload_server}: {amount(total, 'bytes')} to {len(found):,} machines"),
+        ("", f"{times}; within an hour by {servers} with 1 Gbit/s; {begin}"),
     ]
 
 
@@ -223,11 +242,13 @@ def _until(bake: Bake, nodes: Sequence[Node]) -> list[str]:
 
 
 def _next(bake: Bake) -> list[str]:
-    thin = any(node.media == "thin" for node in bake.cluster.nodes)
+    server, thin = bake.cluster.payload_server, any(node.media == "thin" for node in bake.cluster.nodes)
+    pushed = f"{server} (doit publish)" if (server or "").startswith("oci") else f"{server} ({bake.volume.parent})"
+    volume = f"     Those with thin media need {bake.volume} besides, the same for all"
     return [
         "Next:",
         f"  1. Give each machine its own ISO of {bake.folder / 'seeds'} (virtual media, USB stick, CD).",
-        *([f"     Those with thin media need {bake.volume} besides, the same for all."] if thin else []),
+        *([f"{volume}{f', or fetch their payload from {pushed}' if server else ''}."] if thin else []),
         "  2. Switch them on, in any order.",
         f"  3. kubectl --kubeconfig {bake.folder / 'admin.conf'} get nodes",
         f"Keep {bake.where} safe: it holds the cluster's keys.",

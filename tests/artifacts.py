@@ -12,7 +12,7 @@ from pathlib import Path
 
 from recipes import node as nodes
 from recipes import payload
-from recipes.kit import store
+from recipes.kit import distribution, store
 from recipes.kit.model import Arch, Cluster, Fetched, File, Image, Node, Origin
 from recipes.kit.progress import Lines
 
@@ -115,8 +115,12 @@ def bake(folder: Path, cluster: Cluster, node: Node, parts: Parts, minted: store
         mtime=MTIME,
         sign=lambda data: store.sign(minted, data),
         progress=Lines(),
+        hashed=True,
     )
-    identity = nodes.identity(cluster, node, minted, sums=written.sums, image=parts.references, generation=7)
+    fetch = distribution.fetch(cluster, node, sha256=written.sha256 or "", size=written.size)
+    identity = nodes.identity(
+        cluster, node, minted, sums=written.sums, fetch=fetch, image=parts.references, generation=7
+    )
     tarball = folder / "nodes" / f"{node.name}.tar.gz"
     nodes.write(node, identity, tarball, mtime=MTIME, payload_tarball=target)
     return target, tarball

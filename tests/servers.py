@@ -31,6 +31,8 @@ class Request(BaseHTTPRequestHandler):
         self.close_connection = True
         answer(self)
 
+    do_HEAD = do_GET
+
     def do_CONNECT(self) -> None:
         """A proxy's tunnel: to the address that told.tunnel names, whatever the client asked for."""
         told = self.server.told
@@ -128,7 +130,7 @@ def body(
     def answer(request: Request) -> None:
         asked = request.headers.get("Range", "")
         start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
-        partial = bool(asked) and ranges and request.headers.get("If-Range") == tag
+        partial = bool(asked) and ranges and request.headers.get("If-Range", tag) == tag
         if partial and start >= len(data):
             status(416)(request)
             return

@@ -29,7 +29,20 @@ from recipes.kit.profiles import PROFILES
 from tests.conftest import REMEMBERED, Project, copy_project
 from tests.kit.test_gpt import partitioned
 
-KINDS = ("base", "binaries", "certs", "desk", "image", "images", "node", "packages", "payload", "schema", "volume")
+KINDS = (
+    "base",
+    "binaries",
+    "certs",
+    "desk",
+    "image",
+    "images",
+    "node",
+    "packages",
+    "payload",
+    "publish",
+    "schema",
+    "volume",
+)
 SMALL = """\
 name: small
 media: thin
@@ -251,6 +264,9 @@ def test_the_end_tells_machines_sizes_sources_and_what_to_do(first: tuple[set[st
         (("source=relaese",), ["source=relaese", "release, modules"]),
         (("secrets=",), ["secrets= says nothing"]),
         (("info", "worker-9"), ["no node worker-9", "worker-1 to worker-2"]),
+        (("publish",), ["no registry is named", "say registry=oci://HOST/REPOSITORY"]),
+        (("publish", "registry=http://r.test"), ["http://r.test is no registry"]),
+        (("publish", "registry=oci://r.test"), ["registry=oci://r.test: ", "names no repository"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from recipes import seed
 from recipes.kit import archive, overlay
 from recipes.kit.model import File
-from tests import artifacts, samples
+from tests import artifacts, samples, servers
 
 PROGRAM = overlay.OVERLAYS / "common" / seed.FIRST_BOOT
 DAMAGED, MISSING, FORGED, USAGE = 65, 66, 67, 64
@@ -72,6 +73,26 @@ def test_thin_needs_its_payload(baked: tuple[Path, Path, Path], tmp_path: Path) 
     shutil.copy(thin, medium / "node.tar.gz")
     shutil.copy(payload, medium / payload.name)
     assert run("verify", "--root", tmp_path, medium).returncode == 0
+
+
+def test_thin_takes_its_payload_from_a_server(tmp_path: Path) -> None:
+    """Without a machine that it would be: a check, and files that are put in place below a folder."""
+    with servers.serving() as server:
+        cluster = samples.ha(payload_server=server.url)
+        node = replace(cluster.workers[0], media="thin")
+        minted = artifacts.secrets(tmp_path, cluster)
+        payload, thin = artifacts.bake(tmp_path, cluster, node, artifacts.Parts(tmp_path / "cache"), minted)
+        server.answers[f"/{payload.name}"] = [servers.body(payload.read_bytes())]
+        done = run("verify", "--root", tmp_path / "none", thin)
+        assert done.returncode == 0 and f"fetching {server.url}/worker-amd64.tar.gz" in done.stdout, done.stderr
+        medium, root = tmp_path / "medium", tmp_path / "root"
+        medium.mkdir()
+        root.mkdir()
+        shutil.copy(thin, medium / "node.tar.gz")
+        assert run("install", "--root", root, "--medium", medium).returncode == 0
+        left = {path.name for path in (root / "var/lib/nodebake").iterdir()}
+    assert left == {"etcd-of", "first-boot", "lock"}
+    assert not list(Path(tempfile.gettempdir()).glob("staging.*.payload"))
 
 
 def test_another_clusters_payload_is_refused(baked: tuple[Path, Path, Path], tmp_path: Path) -> None:

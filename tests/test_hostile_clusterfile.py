@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from recipes import certificates, images, node, seed
-from recipes.kit import archive, inventory, overlay, store
+from recipes.kit import archive, distribution, inventory, overlay, store
 from recipes.kit.errors import BakeError, BakeErrors, Place
 from recipes.kit.model import Cluster, File
 from tests import artifacts, reading, samples
@@ -258,8 +258,9 @@ def made(cluster: Cluster, secrets: store.Secrets) -> dict[str, File]:
         found[role] = [file for file in files if not file.path.startswith("/usr/local/")]
     for place, one in enumerate(cluster.nodes):
         documents = seed.documents(cluster, one, sums="0" * 64, sign=bytes)
+        fetch = distribution.fetch(cluster, one, sha256="0" * 64, size=1)
         found[str(place)] = [
-            *node.identity(cluster, one, secrets, sums="0" * 64, image=IMAGES, generation=7),
+            *node.identity(cluster, one, secrets, sums="0" * 64, fetch=fetch, image=IMAGES, generation=7),
             *(File(name, data=data) for name, data in documents.items() if name in seed.READ),
         ]
     found["desk"] = [File("/etc/kubernetes/admin.conf", data=certificates.admin_conf(cluster, secrets))]

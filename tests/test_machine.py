@@ -19,8 +19,9 @@ import pytest
 
 from recipes.kit import store
 from recipes.kit.model import Cluster, Node
-from tests import artifacts, samples
+from tests import artifacts, samples, servers
 from tests.lab import host, rootfs
+from tests.servers import Server
 
 NOW = datetime.now(tz=UTC)
 PROGRAM = Path(__file__).parents[1] / "overlays/common/opt/nodebake/first-boot"
@@ -267,6 +268,65 @@ def test_too_small_a_disk_is_refused(machine: Machine, tarballs: dict[str, Path]
     os.truncate(machine.path("/medium/node.tar.gz"), 1 << 40)  # a sparse file that nothing could hold
     done = machine.first_boot()
     assert done.returncode == 88 and "MiB are needed" in done.stderr, done.stderr
+
+
+@pytest.fixture
+def served(machine: Machine, parts: artifacts.Parts, tmp_path: Path) -> Iterator[tuple[Server, bytes]]:
+    """worker-1's thin medium, its server, and the payload that this has to bring."""
+    with servers.serving() as server:
+        cluster = samples.ha(payload_server=server.url)
+        folder = tmp_path / "baked"
+        tarball = bake(folder, parts, cluster, replace(cluster.workers[0], media="thin"))
+        shutil.copy(tarball, machine.path("/medium/node.tar.gz"))
+        yield server, (folder / "payloads/worker-amd64.tar.gz").read_bytes()
+
+
+@pytest.mark.parametrize("change", [another_card, another_address, another_system, little_memory, swap])
+def test_a_machine_that_does_not_fit_fetches_nothing(
+    machine: Machine, served: tuple[Server, bytes], change: Callable[[Machine], None]
+) -> None:
+    change(machine)
+    before = machine.files()
+    done = machine.first_boot()
+    assert done.returncode in (80, 82, 84, 89, 90), done.stdout + done.stderr
+    assert "machine refused" in machine.journal
+    assert machine.files() == before and served[0].requests == []
+
+
+def test_a_forged_identity_asks_no_server(machine: Machine, served: tuple[Server, bytes], tmp_path: Path) -> None:
+    """Nor does one whose bytes are not those that were signed."""
+    unpacked = tmp_path / "unpacked"
+    for name in ("etc/nodebake/node.env", "opt/nodebake/manifest/node.SHA256SUMS"):
+        host.run(["mkdir", unpacked])
+        host.run(["tar", "-xzpf", tmp_path / "baked/nodes/worker-1.tar.gz", "-C", unpacked])
+        with (unpacked / name).open("a") as file:
+            file.write("#\n")
+        host.run(["tar", "-czf", machine.path("/medium/node.tar.gz"), "-C", unpacked, "."])
+        host.run(["rm", "-r", unpacked])
+        done = machine.first_boot()
+        assert done.returncode in (65, 67), done.stdout + done.stderr
+    assert served[0].requests == []
+
+
+def test_a_payload_is_fetched_checked_and_put_in_place(machine: Machine, served: tuple[Server, bytes]) -> None:
+    """A run that is cut off while it fetches goes on with what has come, and nothing of it is left at the end."""
+    server, payload = served
+    path = "/worker-amd64.tar.gz"
+    server.answers[path] = [servers.status(404)]
+    before = machine.files()
+    done = machine.first_boot()
+    assert done.returncode == 66 and "the server says 404 Not Found" in done.stderr, done.stderr
+    server.answers[path] = [servers.body(payload[:-1])]
+    assert machine.first_boot().returncode == 65
+    server.answers[path] = [servers.body(payload, cut=len(payload) // 2), servers.status(404)]
+    assert machine.first_boot().returncode == 66
+    assert machine.files() == before, "nothing is changed until all has come"
+    assert len(list(machine.path("/var/lib/nodebake").glob("payload-*"))) == 1
+    server.answers[path] = [servers.body(payload)]
+    said = until_it_waits(machine)
+    assert server.requests[-1][1]["Range"] == f"bytes={len(payload) // 2}-"
+    assert "fetching the payload" in said and machine.path("/opt/nodebake/current/bin/kubelet").exists()
+    assert not list(machine.path("/var/lib/nodebake").glob("payload-*"))
 
 
 def until_it_waits(machine: Machine) -> str:

@@ -18,6 +18,7 @@ ORDER = [
         "kit.errors",
         "kit.model",
         "kit.sizing",
+        "kit.distribution",
         "kit.progress",
         "kit.locks",
         "kit.crew",
@@ -29,7 +30,16 @@ ORDER = [
         "kit.gpt",
         "kit.iso",
     ],
-    ["kit.bounds", "kit.choices", "kit.download", "kit.registry", "kit.unpack", "kit.gotool", "kit.buildinfo"],
+    [
+        "kit.bounds",
+        "kit.choices",
+        "kit.download",
+        "kit.registry",
+        "kit.push",
+        "kit.unpack",
+        "kit.gotool",
+        "kit.buildinfo",
+    ],
     ["kit.formats", "kit.places", "kit.emit", "kit.clusterfile", "kit.inventory"],
     [
         "kit.overlay",
@@ -44,7 +54,7 @@ ORDER = [
     ],
     ["components", "records", "binaries", "packages", "images", "certificates", "objects", "tokens", "bom"],
     ["payload", "node"],
-    ["seed", "base", "disk", "trust"],
+    ["seed", "base", "disk", "trust", "publish"],
     ["closure", "audit", "bake", "report", "verify"],
 ]
 

@@ -99,6 +99,10 @@ MountPath = Annotated[str, *_text(formats.mount_path, examples=["/srv/data"])]
 UserName = Annotated[str, *_text(formats.user_name, maxLength=32)]
 SshKey = Annotated[str, *_text(formats.ssh_key)]
 Url = Annotated[str, *_text(formats.url, format="uri")]
+PayloadServer = Annotated[
+    str,
+    *_text(formats.payload_server, examples=["http://192.168.10.2:8080", "oci://registry.example.internal/nodebake"]),
+]
 RegistryHost = Annotated[str, *_text(formats.registry_host, examples=["registry.example.internal:5000"])]
 RegistryUser = Annotated[str, *_text(formats.registry_user)]
 Sha256 = Annotated[str, *_text(formats.sha256, pattern="^[0-9a-f]{64}$")]
@@ -270,9 +274,10 @@ class ClusterFile(Shape):
     users: list[UserShape] = Field(default=[], description="Administrators on every machine")
     arch: Arch = Field(default="amd64", description="Processor architecture")
     media: Media = Field(default="full", description="full: a seed carries all; thin: the payload comes from elsewhere")
-    payload_server: Url | None = Field(
+    payload_server: PayloadServer | None = Field(
         default=None,
-        description="Where machines with thin media fetch the payload: the URL of build/<cluster>/payloads",
+        description="Where machines with thin media fetch the payload: the URL of build/<cluster>/payloads, or a"
+        " registry's repository",
     )
     pod_network: Literal["flannel", "none"] = Field(
         default="flannel", description="none: a pod network of your own, by extraObjects"

@@ -272,7 +272,7 @@ class _Again(Exception):
         self.wait = wait
 
 
-class _Headers:
+class Headers:
     """Sets headers as authentication, so that a netrc entry does not replace them; redirects elsewhere drop them."""
 
     def __init__(self, headers: Mapping[str, str]) -> None:
@@ -371,7 +371,7 @@ class _Download:
         return digest.hexdigest()
 
     def _open(self, session: requests.Session, ranged: Mapping[str, str]) -> requests.Response:
-        auth = _Headers(self.headers) if "Authorization" in self.headers else None
+        auth = Headers(self.headers) if "Authorization" in self.headers else None
         patience = self.desk.patience
         try:
             return session.get(

@@ -345,6 +345,19 @@ def url(text: str) -> str:
     return text
 
 
+def payload_server(text: str) -> str:
+    """The URL of an HTTP server's folder, or a repository of a registry as OCI's distribution specification names it:
+    oci://host[:port]/repository, or oci+http://... without TLS."""
+    scheme, colon, rest = text.partition("://")
+    if not colon or scheme not in ("oci", "oci+http"):
+        return url(text)
+    where, _, repository = rest.partition("/")
+    if not re.fullmatch(rf"{_COMPONENT}(/{_COMPONENT})*", repository) or len(repository) > 255:
+        remedy = "Write it as oci://registry.example.internal:5000/nodebake, in small letters and without a tag."
+        raise Malformed(f"{_shown(text)} names no repository of a registry", remedy)
+    return f"{scheme}://{registry_host(where)}/{repository}"
+
+
 def registry_host(text: str) -> str:
     """host or host:port, as image references begin with it."""
     if "/" in text:

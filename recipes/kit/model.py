@@ -215,7 +215,7 @@ class Cluster:
     dns_domain: str = "cluster.local"
     dns_upstream: tuple[str, ...] = ()  # empty: CoreDNS forwards nowhere
     ntp: tuple[str, ...] = ()
-    payload_server: str | None = None  # URL of the folder with the payloads, for thin media
+    payload_server: str | None = None  # for thin media: URL of the folder with the payloads, or oci://host/repository
     pod_network: Literal["flannel", "none"] = "flannel"
     flannel_backend: Literal["vxlan", "host-gw"] = "vxlan"
     node_cidr_mask: int = 24
@@ -256,6 +256,11 @@ class Cluster:
     @cached_property
     def workers(self) -> tuple[Node, ...]:
         return self.with_role("worker")
+
+    @cached_property
+    def fetching(self) -> tuple[Node, ...]:
+        """The machines that fetch their payload from the server, if there is one."""
+        return tuple(node for node in self.nodes if node.media == "thin") if self.payload_server else ()
 
     @cached_property
     def etcd_members(self) -> tuple[Node, ...]:

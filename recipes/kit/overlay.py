@@ -1,7 +1,7 @@
 """Overlays: trees of files whose paths are the paths on the machine; `.j2` files are templates (overlays/README.md).
 
 Payload templates see cluster, sizing, role, arch and image; identity templates (the tree `node`) see cluster, node,
-minted and install_by. An unknown name is an error, never an empty string.
+minted, install_by and fetch. An unknown name is an error, never an empty string.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from recipes.kit import sizing
+from recipes.kit.distribution import Fetch
 from recipes.kit.errors import BakeError, Place
 from recipes.kit.model import USERS, Cluster, File, Node, Role
 
@@ -82,11 +83,13 @@ def payload(cluster: Cluster, role: Role, arch: str, image: Mapping[str, str], r
     return [files[path] for path in sorted(files)]
 
 
-def identity(cluster: Cluster, node: Node, *, minted: str, install_by: str, root: Path = OVERLAYS) -> list[File]:
+def identity(
+    cluster: Cluster, node: Node, *, minted: str, install_by: str, fetch: Fetch | None = None, root: Path = OVERLAYS
+) -> list[File]:
     """The services' part of a machine's identity. minted and install_by are ISO 8601, UTC."""
     return render(
         root / IDENTITY,
-        {"cluster": cluster, "node": node, "minted": minted, "install_by": install_by},
+        {"cluster": cluster, "node": node, "minted": minted, "install_by": install_by, "fetch": fetch},
     )
 
 

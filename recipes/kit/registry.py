@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from recipes.kit import bounds
 from recipes.kit.download import LARGEST, Desk, NotServed, Unreachable, explain, fetch, open_session, stand_in
@@ -114,49 +116,56 @@ class _Registry:
         except NotServed as refusal:
             if refusal.status != 401 or not refusal.challenge:
                 raise
-            self.authorization = self._authorize(refusal)
+            self.authorization = authorization(refusal, self.repository, self.desk, self.credentials)
         return fetch(url, digest, self.desk, title=title, headers=self._authorized(headers), limit=limit)
 
     def _authorized(self, headers: dict[str, str]) -> dict[str, str]:
         return {**headers, "Authorization": self.authorization} if self.authorization else headers
 
-    def _authorize(self, refusal: NotServed) -> str:
-        """Answer a WWW-Authenticate challenge; returns the Authorization header."""
-        scheme, _, rest = refusal.challenge.partition(" ")
-        said = {key.lower(): value for key, value in re.findall(r'(\w+)="([^"]*)"', rest)}
-        if scheme.lower() != "bearer" or "realm" not in said:
-            raise refusal
-        url = stand_in(said["realm"], self.desk.mirror)
-        if isinstance(url, Path):
-            raise refusal
-        if self.credentials and self.desk.mirror is None and not url.startswith("https://"):
-            raise NotServed(
-                f"{self.host} asks for the password in the clear", where=url, remedy="let it name an https:// service"
-            )
-        import urllib3.exceptions
 
-        patience = self.desk.patience
-        query = {"service": said.get("service", ""), "scope": said.get("scope", f"repository:{self.repository}:pull")}
-        with open_session() as session:
-            try:
-                timeout = (patience.connect, patience.read)
-                answer = session.get(url, params=query, auth=self.credentials, timeout=timeout, stream=True)
-                told = answer.raw.read(_LARGEST_TOKEN, decode_content=True)
-            except (OSError, urllib3.exceptions.HTTPError) as trouble:
-                raise explain(trouble, url) or Unreachable("the token service broke off", where=url) from trouble
+def authorization(
+    refusal: NotServed, repository: str, desk: Desk, credentials: tuple[str, str] | None, *, actions: str = "pull"
+) -> str:
+    """The Authorization header that answers a refusal's WWW-Authenticate challenge (distribution's "token" and "basic"
+    schemes). Raises the refusal where there is nothing to answer, NotServed, Unreachable."""
+    scheme, _, rest = refusal.challenge.partition(" ")
+    said = {key.lower(): value for key, value in re.findall(r'(\w+)="([^"]*)"', rest)}
+    basic = scheme.lower() == "basic"
+    if not (basic and credentials) and (scheme.lower() != "bearer" or "realm" not in said):
+        raise refusal
+    where = str(refusal.where)
+    url = where if basic else stand_in(said["realm"], desk.mirror)
+    if isinstance(url, Path):
+        raise refusal
+    if credentials and desk.mirror is None and not url.startswith("https://"):
+        remedy = "let it speak https://" if basic else "let it name an https:// service"
+        raise NotServed(f"{urlsplit(where).netloc} asks for the password in the clear", where=url, remedy=remedy)
+    if basic and credentials:
+        return f"Basic {base64.b64encode(':'.join(credentials).encode()).decode()}"
+    import urllib3.exceptions
+
+    patience = desk.patience
+    query = {"service": said.get("service", ""), "scope": said.get("scope", f"repository:{repository}:{actions}")}
+    with open_session() as session:
         try:
-            given = bounds.document(told)
-            token = given.get("token") or given["access_token"]
-            if not re.fullmatch(r"[!-~]+", token):  # else it could bring headers of its own
-                raise ValueError
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise NotServed(
-                f"{self.host} gives no token for {self.repository} ({answer.status_code} {answer.reason})",
-                status=answer.status_code,
-                where=url,
-                remedy="check the registry's credentials" if self.credentials else None,
-            ) from None
-        return f"Bearer {token}"
+            timeout = (patience.connect, patience.read)
+            answer = session.get(url, params=query, auth=credentials, timeout=timeout, stream=True)
+            told = answer.raw.read(_LARGEST_TOKEN, decode_content=True)
+        except (OSError, urllib3.exceptions.HTTPError) as trouble:
+            raise explain(trouble, url) or Unreachable("the token service broke off", where=url) from trouble
+    try:
+        given = bounds.document(told)
+        token = given.get("token") or given["access_token"]
+        if not re.fullmatch(r"[!-~]+", token):  # else it could bring headers of its own
+            raise ValueError
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise NotServed(
+            f"{urlsplit(where).netloc} gives no token for {repository} ({answer.status_code} {answer.reason})",
+            status=answer.status_code,
+            where=url,
+            remedy="check the registry's credentials" if credentials else None,
+        ) from None
+    return f"Bearer {token}"
 
 
 def _for_arch(index: dict[str, Any], arch: Arch, reference: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import replace
 from ipaddress import ip_network
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from recipes.kit import sizing
-from recipes.kit.model import SCALES, Cluster, Role, scale_of
+from recipes.kit import distribution, sizing
+from recipes.kit.model import SCALES, Cluster, Node, Role, scale_of
 from tests import samples
 from tests.layout import payload
 
@@ -87,6 +88,39 @@ def test_a_pod_subnet_is_as_small_as_it_may_be(nodes: int) -> None:
     assert ip_network((0, prefix)).prefixlen == prefix
 
 
+def test_few_machines_fetch_at_once_and_many_as_their_server_can() -> None:
+    """In steps, so that one machine more seldom changes what others were given."""
+    size = 117_500_000  # one second of the server
+    assert [sizing.spread(machines, size) for machines in (1, 100, 101, 200, 201)] == [0, 0, 200, 200, 400]
+    assert sizing.spread(5005, size) == 900, "a machine that is replaced later waits as long"
+    assert len({sizing.crowd(machines) for machines in range(101, 5006)}) == 6
+
+
+def test_a_servers_load() -> None:
+    total = 5000 * 181_000_000
+    assert [round(sizing.sending(total, gigabits)) for gigabits in (1, 10)] == [7702, 770]
+    assert (sizing.servers(total), sizing.servers(1)) == (3, 1)
+    assert [sizing.duration(seconds) for seconds in (7702, 770, 15)] == ["2.1 h", "13 min", "15 s"]
+
+
+def test_workers_begin_spread_evenly_and_always_the_same() -> None:
+    nodes = [replace(samples.node(f"worker-{i}", "worker", 1), media="thin") for i in range(5000)]
+    planes = [replace(node, media="thin") for node in samples.ha().control_planes]
+    cluster = samples.ha(nodes=(*planes, *nodes), payload_server="http://10.0.0.1")
+
+    def after(node: Node) -> int:
+        made = distribution.fetch(cluster, node, sha256="0" * 64, size=181_000_000)
+        assert made is not None
+        return made.after
+
+    times = [after(node) for node in nodes]
+    assert {after(node) for node in planes} == {0}, "workers wait for them"
+    assert max(Counter(times).values()) < 20 and max(times) < 900, "of 5.6 on average in each second"
+    counted = Counter(time // 90 for time in times)
+    assert all(400 < count < 600 for count in counted.values()) and len(counted) == 10
+    assert after(nodes[17]) == times[17] == after(replace(nodes[17], serial="X"))
+
+
 def test_machines_are_those_of_the_roles_that_there_are() -> None:
     assert sizing.machines(samples.ha()) == {"control-plane": sizing.Machine(2, 8, 80)}
     apart = {"control-plane": sizing.Machine(2, 8), "etcd": sizing.Machine(2, 8, 80)}
@@ -105,4 +139,5 @@ def test_machines_grow_with_the_nodes_and_not_past_the_table() -> None:
 def test_the_documentation_has_the_tables() -> None:
     assert sizing.table() in README
     assert sizing.machine_table() in README
+    assert sizing.payload_table() in README
     assert f"less than {sizing.SYNC_LIMIT} ms" in README
