@@ -137,10 +137,16 @@ def test_units_never_give_up(cluster: Cluster, node: Node) -> None:
             assert values(unit, "TimeoutStartSec") == ["infinity"], name
 
 
-@pytest.mark.parametrize("name", ["kube-proxy.service", "flanneld.service"])
-def test_what_needs_the_nodes_certificate_waits_for_it(name: str, tmp_path: Path) -> None:
+def test_flanneld_waits_for_the_nodes_subnet() -> None:
+    unit = units(samples.ha(), samples.ha().workers[0])["flanneld.service"]
+    assert values(unit, "TimeoutStartSec") == ["infinity"]
+    assert values(unit, "ExecStartPre") == ["/usr/local/lib/nodebake/wait-for-api subnet"]
+    assert values(unit, "EnvironmentFile") == ["/etc/nodebake/node.env"], "which says NODE_NAME"
+
+
+def test_kube_proxy_waits_for_the_nodes_certificate(tmp_path: Path) -> None:
     """Quietly, for as long as it takes: the machines may be switched on hours apart."""
-    unit = units(samples.ha(), samples.ha().workers[0])[name]
+    unit = units(samples.ha(), samples.ha().workers[0])["kube-proxy.service"]
     assert values(unit, "TimeoutStartSec") == ["infinity"]
     [command] = values(unit, "ExecStartPre")
     certificate = tmp_path / "current.pem"

@@ -32,10 +32,11 @@ def program() -> ModuleType:
 
 
 class Server:
-    """Answers with these statuses, one after the other; NOBODY: the connection is refused."""
+    """Answers with these statuses, or 200 and these bodies, one after the other; NOBODY: the connection is refused."""
 
-    def __init__(self, *statuses: int | None) -> None:
-        self.left = list(statuses)
+    def __init__(self, *answers: int | str | None) -> None:
+        self.left = list(answers)
+        self.path = "/readyz"
         self.asked: list[tuple[str, int, dict[str, str]]] = []
         self.pauses: list[float] = []
         self.closed = 0
@@ -49,27 +50,27 @@ class Connection:
         self._server, self._host, self._port = server, host, port
 
     def request(self, method: str, path: str, headers: dict[str, str]) -> None:
-        assert (method, path) == ("GET", "/readyz")
+        assert (method, path) == ("GET", self._server.path)
         self._server.asked.append((self._host, self._port, headers))
         if self._server.left[0] is NOBODY:
             self._server.left.pop(0)
             raise ConnectionRefusedError
 
     def getresponse(self) -> Answer:
-        status = self._server.left.pop(0)
-        assert status is not None
-        return Answer(status)
+        told = self._server.left.pop(0)
+        assert told is not None
+        return Answer(200, told) if isinstance(told, str) else Answer(told)
 
     def close(self) -> None:
         self._server.closed += 1
 
 
 class Answer:
-    def __init__(self, status: int) -> None:
-        self.status = status
+    def __init__(self, status: int, body: str = "") -> None:
+        self.status, self._body = status, body
 
     def read(self) -> bytes:
-        return b""
+        return self._body.encode()
 
 
 @pytest.fixture
@@ -79,6 +80,7 @@ def waits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     module = program()
     monkeypatch.setattr(module, "JOINED", tmp_path / "joined.pem")
     monkeypatch.setattr(module, "BOOTSTRAP", tmp_path / "bootstrap.conf")
+    monkeypatch.setattr(module, "FLANNELD", tmp_path / "flanneld.conf")
     return module
 
 
@@ -128,3 +130,35 @@ def test_once_somebody_is_there_it_is_asked_often_again(waits: ModuleType, monke
     others = ask(waits, monkeypatch, Server(*[NOBODY] * 99, 401, 200), "token")
     assert max(others) == others[98] == 5, "thousands ask that one"
     assert others[99:] == [0.25]
+
+
+def test_flanneld_waits_for_the_kubelet_and_then_for_the_nodes_part_of_the_pod_network(
+    waits: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Path] = []
+    monkeypatch.setattr(ssl, "create_default_context", lambda cafile: Context(loaded))
+    monkeypatch.setenv("NODE_NAME", "worker-1")
+    waits.FLANNELD.write_text('clusters:\n  - cluster:\n      server: "https://127.0.0.1:6443"\n')
+    server = Server(NOBODY, 404, '{"spec": {}}', '{"spec": {"podCIDR": "10.244.1.0/24"}}')
+    server.path = "/api/v1/nodes/worker-1"
+
+    class Pauses(list[float]):
+        def append(self, pause: float) -> None:
+            super().append(pause)
+            if len(self) == 2:
+                waits.JOINED.write_text("")
+            elif len(self) == 4:
+                waits.JOINED.write_text("here")
+
+    server.pauses = Pauses()
+    assert ask(waits, monkeypatch, server, "subnet") == [0.2, 0.2, 0.2, 0.2, 0.25, 0.25, 0.3]
+    assert loaded == [waits.JOINED]
+
+
+class Context:
+    def __init__(self, loaded: list[Path]) -> None:
+        self._loaded = loaded
+
+    def load_cert_chain(self, path: Path) -> None:
+        assert path.stat().st_size
+        self._loaded.append(path)
