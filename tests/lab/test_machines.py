@@ -21,8 +21,6 @@ from tests.lab.machine import Machine
 from tests.lab.scenario import BOOT, Baker, power_on, settled, switched_on, tell
 from tests.lab.virtual import VirtualMachine
 
-# Until it is known how long it takes where nothing else runs.
-pytestmark = pytest.mark.matrix
 OTHER_CARD = "52:54:00:00:99:01"
 
 
@@ -164,6 +162,7 @@ def kernel_is_as_baked(machine: Machine) -> None:
     assert {name: " ".join(value.split()) for name, value in zip(wanted, told, strict=True)} == wanted
 
 
+@pytest.mark.matrix
 def test_a_full_disk_costs_no_image_of_the_artifact(single: Lab, tmp_path: Path) -> None:
     """Where less than 15 % is left the kubelet deletes images of ten minutes ago: a stranger's, never a baked one."""
     machine = single.machine("only")
@@ -181,6 +180,7 @@ def test_a_full_disk_costs_no_image_of_the_artifact(single: Lab, tmp_path: Path)
     checks.wait_pods(single, "app=web", 1)
 
 
+@pytest.mark.matrix
 def test_a_reboot_keeps_the_node_and_takes_nothing_from_a_stranger(single: Lab, tmp_path: Path) -> None:
     """The machine's own medium is gone by then, and a stranger's is in the drive."""
     machine = single.machine("only")
