@@ -5,6 +5,7 @@
 `python -m tests.bench phases`: where the time of a full bake goes; see phases.py.
 `python -m tests.bench others [ROUNDS]`: the same work by shell scripts; see others.py.
 `python -m tests.bench flood`: 5,000 machines ask for their certificates; see flood.py.
+`python -m tests.bench crowd`: 500 machines fetch their payload from one server; see crowd.py.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from statistics import median
 
 from recipes import payload
-from tests.bench import boot, measure, others, phases, scale
+from tests.bench import boot, crowd, measure, others, phases, scale
 from tests.bench.measure import Floor, Goal, Run
 from tests.bench.table import Result, written
 from tests.conftest import REMEMBERED, ROOT, Project, copy_project
@@ -42,6 +43,9 @@ def main() -> None:
         return
     if sys.argv[1:2] == ["others"]:
         others.main(desk(), int(sys.argv[2]) if len(sys.argv) > 2 else 3)
+        return
+    if sys.argv[1:2] == ["crowd"]:
+        crowd.main(desk())
         return
     if sys.argv[1:2] == ["flood"]:
         from tests.bench import flood  # wants the daemon's own modules
