@@ -151,6 +151,16 @@ def test_a_password_is_never_sent_in_the_clear(baked: Baked, desk: Desk, no_logi
         assert all("Authorization" not in headers for _, headers in server.requests)
 
 
+def test_what_a_registry_sends_elsewhere_goes_without_its_password(desk: Desk) -> None:
+    """As an upload whose place is another host's."""
+    with servers.serving() as own, servers.serving() as other, push.Pusher(Repository(own.url, "a"), desk) as pusher:
+        pusher._authorization = "Basic secret"
+        for server in (own, other):
+            pusher._send("GET", f"{server.url}/x", {}, b"")
+        assert [headers.get("Authorization") for _, headers in own.requests] == ["Basic secret"]
+        assert [headers.get("Authorization") for _, headers in other.requests] == [None]
+
+
 @pytest.mark.parametrize(
     "text", ["{", "[]", '{"auths": {"HOST": {"auth": "no base64"}}}', '{"auths": {"HOST": {"auth": "eA=="}}}']
 )
