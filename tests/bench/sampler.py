@@ -18,7 +18,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 
 SECONDS = 0.005
-REST = "doit itself"
+REST = "doit and all else"
 WAITING = "waiting for other processes"
 COMPRESS = "compress"
 PACK = "read and tar"
@@ -37,12 +37,15 @@ PHASES = {
     ("/recipes/kit/atomic.py", "settle"): "sync to the disk",
     ("/recipes/kit/atomic.py", "_sync"): "sync to the disk",
     ("/recipes/kit/download.py", "_sync"): "sync to the disk",
+    ("/recipes/kit/atomic.py", ""): "make and rename files",
     ("/recipes/kit/store.py", "_mint_tokens"): "keys, certificates, tokens",
     ("/recipes/kit/pki.py", ""): "keys, certificates, tokens",
     ("/recipes/certificates.py", ""): "keys, certificates, tokens",
     ("/recipes/kit/overlay.py", ""): "render",
     ("/recipes/kit/emit.py", ""): "render",
-    ("/recipes/node.py", "inventory_document"): "render",
+    ("/recipes/kit/kubeconfig.py", ""): "render",
+    ("/recipes/node.py", ""): "render",
+    ("/recipes/tokens.py", ""): "render",
     ("/recipes/objects.py", ""): "render",
     ("/recipes/closure.py", ""): "proof and audit",
     ("/recipes/audit.py", ""): "proof and audit",
