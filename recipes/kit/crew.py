@@ -6,13 +6,14 @@ import ctypes
 import os
 import signal
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from recipes.kit.errors import BakeError
+
+if TYPE_CHECKING:  # imported where it is used: a bake of few machines does not wait for it
+    from concurrent.futures import ProcessPoolExecutor
 
 T = TypeVar("T")
 
@@ -52,6 +53,9 @@ class Crew(Generic[T]):
 
     def begin(self, name: str) -> None:
         if self._pool is None:
+            from concurrent.futures import ProcessPoolExecutor
+            from multiprocessing import get_context
+
             self._pool = ProcessPoolExecutor(CORES, get_context("fork"), _begin, (os.getpid(), self._work))
         self._running[self._pool.submit(_do, name)] = name
 
@@ -62,7 +66,7 @@ class Crew(Generic[T]):
         name = self._running.pop(future)
         try:
             return name, future.result()
-        except BrokenProcessPool:
+        except BrokenExecutor:
             raise BakeError(
                 f"a process that baked {name} or another machine was killed",
                 remedy="look whether memory ran out (dmesg), then run doit once more",
