@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes import publish
+from recipes import publish, report
+from recipes.bake import Bake
 from recipes.kit import distribution, formats, push
 from recipes.kit.choices import Choices
 from recipes.kit.distribution import Repository
@@ -22,6 +23,8 @@ from recipes.kit.progress import Lines
 from recipes.payload import Baked
 from tests import artifacts, registries, samples, servers
 from tests.registries import PASSWORD, USER, Small
+from tests.servers import Server
+from tests.test_fetch import Client
 from tests.test_first_boot import run
 
 DATA = bytes(range(256)) * 100_000  # 26 MB: four pieces
@@ -214,6 +217,23 @@ def test_what_is_no_payload_server(text: str) -> None:
         formats.payload_server(text)
 
 
+def test_the_load_of_the_server_is_told(tmp_path: Path, desk: Desk) -> None:
+    """As soon as the payloads are there: of machines with thin media alone."""
+    workers = [replace(samples.node(f"worker-{i}", "worker", 1), media="thin") for i in range(500)]
+    cluster = samples.ha(nodes=(*CLUSTER.control_planes, *workers), payload_server="oci://r.test/a")
+    bake = Bake(cluster, desk, tmp_path / "secrets", artifacts.NOW, minting=False)
+    assert "payloads from" not in report.cluster(bake)
+    path = bake.payload("worker", "amd64")
+    path.parent.mkdir(parents=True)
+    with path.open("wb") as file:
+        file.truncate(181_000_000)
+    told = " ".join(report.cluster(bake).split())
+    assert "payloads from oci://r.test/a: 90 GB to 500 machines" in told
+    assert (
+        "13 min at 1 Gbit/s, 77 s at 10; within an hour by 1 server with 1 Gbit/s; workers begin within 15 min" in told
+    )
+
+
 # ---- the CNCF's registry
 
 
@@ -256,6 +276,12 @@ def test_the_cncfs_registry_goes_on_where_it_was_cut(
         document = json.loads(registries.get(f"http://{host}/v2/site/nodebake/manifests/{named}", Accept=push.MANIFEST))
         assert document["layers"][0]["digest"] == f"sha256:{SHA256}"
         assert sent(baked, host, desk) == reference
+        (tmp_path / "part").write_bytes(DATA[:1000])
+        client = Client(Server(f"http://{host}"), tmp_path / "part")
+        url = f"http://{host}/v2/site/nodebake/blobs/sha256:{SHA256}"
+        done = client.fetch(url=url, sha256=SHA256, size=len(DATA))
+        assert done.returncode == 0 and (tmp_path / "part").read_bytes() == DATA, done.stderr
+        assert f'blobs/sha256:{SHA256} HTTP/1.1" 206 ' in (tmp_path / "registry" / "log").read_text()
 
 
 @pytest.mark.matrix
