@@ -26,6 +26,7 @@ import pycdlib.utils
 from recipes.kit import archive, emit, overlay
 from recipes.kit.atomic import replacing
 from recipes.kit.model import BOND, Cluster, Link, Network, Node, vlan_device
+from recipes.node import HOST_KEY
 
 LABEL = "cidata"  # cloud-init finds the volume by it
 PAYLOAD_LABEL = "nodebake"  # first boot finds a payload volume by it
@@ -63,12 +64,8 @@ def user_data(cluster: Cluster, node: Node) -> bytes:
         text = f"[Time]\nNTP={' '.join(map(overlay.word, cluster.ntp))}\nFallbackNTP=\n"
         files.append({"path": "/etc/systemd/timesyncd.conf.d/50-cluster.conf", "permissions": "0644", "content": text})
         commands.insert(0, ["systemctl", "try-restart", "systemd-timesyncd.service"])
-    # What cloud-init has marked as done may not have reached the disk when power was cut: it is done once more then.
-    there = " && ".join(f"test -s {file['path']}" for file in files[:2])
-    modules = " ".join(f"config_{name}" for name in ("write_files", "runcmd", "scripts_user"))
-    once_more = f"cd /var/lib/cloud/instance/sem && {{ {there} || rm -f {modules}; }}"
     config: dict[str, Any] = {
-        "bootcmd": [["sh", "-c", once_more]],
+        "bootcmd": [["sh", "-c", _once_more(cluster)]],
         "hostname": node.name,
         "preserve_hostname": False,
         "manage_etc_hosts": "localhost",  # its own name without DNS; of other machines only addresses are used
@@ -97,6 +94,23 @@ def user_data(cluster: Cluster, node: Node) -> bytes:
         "runcmd": commands,
     }
     return b"#cloud-config\n" + emit.document(config)
+
+
+def _once_more(cluster: Cluster) -> str:
+    """What cloud-init has marked as done may not have reached the disk when power was cut: it is done again then."""
+    names = [user.name for user in cluster.users]
+    written: dict[str, tuple[str, ...]] = {
+        "write_files runcmd scripts_user": (_PROGRAM, f"/etc/systemd/system/{_UNIT}"),
+        "ssh": (HOST_KEY,),
+    }
+    if names:
+        keys = (f"/home/{name}/.ssh/authorized_keys" for name in names)
+        written["users_groups"] = ("/etc/sudoers.d/90-cloud-init-users", *keys)
+    commands = ["cd /var/lib/cloud/instance/sem || exit 0"]
+    for modules, paths in written.items():
+        there = " && ".join(f"test -s {path}" for path in paths)
+        commands.append(f"{{ {there}; }} || rm -f {' '.join(f'config_{module}' for module in modules.split())}")
+    return "\n".join(commands)
 
 
 def _common(path: str) -> str:

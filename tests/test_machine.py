@@ -496,7 +496,7 @@ def test_a_run_that_goes_on_needs_no_medium_any_more(installed: Machine) -> None
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert "looking for this machine's artifact" in process.stdout.readline()
-        assert "making users and folders" in process.stdout.readline()
+        assert "making folders" in process.stdout.readline()
         process.kill()
 
 

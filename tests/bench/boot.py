@@ -40,7 +40,7 @@ MARKS = {
     "medium": "first-boot: verifying",
     "unpack and verify": "first-boot: checking that",
     "check the machine": "first-boot: putting files",
-    "place": "first-boot: making users",
+    "place": "first-boot: making folders",
     "users, modules, sysctl": "first-boot: installing Debian",
     "packages": "first-boot: starting",
 }

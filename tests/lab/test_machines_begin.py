@@ -21,7 +21,7 @@ STEPS = (
     "first-boot: unpacking",
     "first-boot: checking that",
     "first-boot: putting files",
-    "first-boot: making users",
+    "first-boot: making folders",
     "first-boot: installing Debian",
     "first-boot: starting",
     "first-boot: waiting until",
