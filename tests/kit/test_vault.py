@@ -312,6 +312,7 @@ def typed(directory: Path, command: str, *lines: str) -> str:
     """What a terminal shows when these lines are typed, each at a question."""
     child, terminal = pty.fork()
     if child == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # heard, even where pytest ignores it
         os.chdir(ROOT)
         os.execv(sys.executable, [sys.executable, "-c", PROGRAM, str(directory), command])  # noqa: S606
     told = b""
