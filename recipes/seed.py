@@ -108,7 +108,7 @@ def _once_more(cluster: Cluster) -> str:
         written["users_groups"] = ("/etc/sudoers.d/90-cloud-init-users", *keys)
     commands = ["cd /var/lib/cloud/instance/sem || exit 0"]
     for modules, paths in written.items():
-        there = " && ".join(f"test -s {path}" for path in paths)
+        there = " && ".join(f"test -s {overlay.word(path)}" for path in paths)
         commands.append(f"{{ {there}; }} || rm -f {' '.join(f'config_{module}' for module in modules.split())}")
     return "\n".join(commands)
 

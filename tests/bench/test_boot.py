@@ -35,7 +35,7 @@ def test_a_step_ends_with_its_last_machine() -> None:
 
 
 def test_a_mark_that_is_not_there_costs_its_step_no_time() -> None:
-    lines = [line for line in journal(11, 12, 13, 14, 15, 16, 17, 18) if "making users" not in line[1]]
+    lines = [line for line in journal(11, 12, 13, 14, 15, 16, 17, 18) if "making folders" not in line[1]]
     steps = boot.steps_of(10.0, [lines], [("API", 30.0), ("a", 33.0)])
     assert steps["place"] == 0 and steps["users, modules, sysctl"] == 2 and sum(steps.values()) == 23
 
