@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
-from ipaddress import IPv4Interface
 from pathlib import Path
 
 from recipes import certificates, objects, tokens
 from recipes.kit import overlay, store
 from recipes.kit.model import Cluster, File, Node, Role
+from tests import samples
 
 IMAGES = {"pause": "registry.k8s.io/pause:3.10.2", "coredns": "registry.k8s.io/coredns/coredns:v1.14.6"}
 MINTED, INSTALL_BY = "2026-11-23T12:00:00Z", "2027-02-21T12:00:00Z"
@@ -43,7 +43,7 @@ def on_loopback(cluster: Cluster, seed: int) -> Cluster:
     nodes = tuple(
         replace(
             node,
-            network=replace(node.network, addresses=(IPv4Interface(f"{octets}.{node.address.packed[3]}/24"),)),
+            network=replace(node.network, addresses=(samples.address(f"{octets}.{node.address.packed[3]}/24"),)),
         )
         for node in cluster.nodes
     )
@@ -80,7 +80,7 @@ class Layout:
 
     def _named_by_localhost(self) -> Cluster:
         """API servers and etcd members are asked by that address here, so certificates have to name it."""
-        interface = IPv4Interface(f"{self.localhost}/24")
+        interface = samples.address(f"{self.localhost}/24")
         nodes = tuple(
             replace(node, network=replace(node.network, addresses=(*node.network.addresses, interface)))
             if node.name == self.node.name

@@ -7,16 +7,21 @@ from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from pathlib import Path
 from typing import Any
 
-from recipes.kit.model import Cluster, Link, Network, Node, Role, User
+from recipes.kit.model import Address, Cluster, Link, Network, Node, Role, User
 
 SSH_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ8kC8m7kqD5l0R0vV5mS2x7n0m8Q3Zr1n2b3c4d5e6f admin@desk"
+
+
+def address(text: str) -> Address:
+    """As in "192.168.10.21/24"."""
+    return Address.of(IPv4Interface(text))
 
 
 def node(name: str, role: Role, host: int, **changes: Any) -> Node:
     """A machine 192.168.10.<host>/24, matched by MAC, without a default route."""
     network = Network(
         links=(Link("nic0", f"52:54:00:00:10:{host:02x}"),),
-        addresses=(IPv4Interface(f"192.168.10.{host}/24"),),
+        addresses=(address(f"192.168.10.{host}/24"),),
     )
     taints = ("node-role.kubernetes.io/control-plane=:NoSchedule",) if role == "control-plane" else ()
     made = Node(name=name, role=role, arch="amd64", network=network, taints=taints, runs_etcd=role == "etcd")

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import time
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv4Interface
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from tests import artifacts, samples
 NAMES = {"user-data", "meta-data", "network-config", "SHA256SUMS", "SHA256SUMS.sig", "first-boot", "node.tar.gz"}
 BONDED = Network(
     links=(Link("nic0", "52:54:00:00:20:01"), Link("nic1", "52:54:00:00:20:02")),
-    addresses=(IPv4Interface("192.168.10.21/24"), IPv4Interface("192.168.11.21/24")),
+    addresses=(samples.address("192.168.10.21/24"), samples.address("192.168.11.21/24")),
     bond="802.3ad",
     vlan=120,
     mtu=9000,
@@ -297,7 +297,7 @@ def test_a_card_matched_by_mac_without_a_default_route() -> None:
 
 
 def test_a_card_matched_by_name() -> None:
-    cluster, node = with_network(Network((Link("ens3"),), (IPv4Interface("10.1.1.1/24"),)))
+    cluster, node = with_network(Network((Link("ens3"),), (samples.address("10.1.1.1/24"),)))
     assert "match" not in network(cluster, node)["ethernets"]["ens3"]
 
 

@@ -7,6 +7,7 @@ MD5 is computed per task), and failures that a person can mend are told without 
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import gc
 import inspect
@@ -44,8 +45,10 @@ WORTH_A_CREW = 20  # such tasks; fewer are done before there are other processes
 # doit's others are for mending doit itself.
 COMMANDS = ("clean", "decrypt", "encrypt", "help", "info", "list", "rekey", "verify")
 
-# Machines and tasks stay until the end, so looking for garbage among thousands of them again and again finds none.
+# Machines and tasks stay until the end, so looking for garbage among thousands of them again and again finds none; nor
+# does the last look, which Python takes when it ends.
 gc.set_threshold(100_000)
+atexit.register(gc.freeze)
 
 
 def argument(name: str, *, one_of: Sequence[str] = ()) -> str | None:

@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
 from functools import partial
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from recipes.kit import clusterfile, formats, sizing
 from recipes.kit.clusterfile import MAX_WORKERS, ClusterFile, Document, Machine, NodeShape, Pool, RegistryShape, Wiring
 from recipes.kit.errors import BakeError, BakeErrors
 from recipes.kit.model import (
     BOND,
+    Address,
     Arch,
     BaseImage,
     Cluster,
@@ -129,8 +130,7 @@ def _position(error: BakeError) -> tuple[int, int]:
     return (getattr(error.where, "line", None) or 0, getattr(error.where, "column", None) or 0)
 
 
-@dataclass(frozen=True, slots=True)
-class _Made:
+class _Made(NamedTuple):
     """A node with the place that it comes from."""
 
     node: Node
@@ -264,7 +264,7 @@ class _Rules:
         if wired is None:
             return []
         self._inside(entry.address, wired, f"{entry.name}'s address {entry.address}", *loc, "address")
-        addresses = [IPv4Interface((int(entry.address), wired.subnet.prefixlen)), *entry.extra_addresses]
+        addresses = [Address(entry.address, wired.subnet), *map(Address.of, entry.extra_addresses)]
         for at, extra in enumerate(entry.extra_addresses):
             if extra.network.overlaps(wired.subnet):
                 what = f"{entry.name}'s extra address {extra} lies in its own network {wired.subnet}"
@@ -307,7 +307,7 @@ class _Rules:
             links = wired.links
             if pool.macs and not pool.links:
                 links = (Link(links[0].name, pool.macs[at] if at < len(pool.macs) else None),)
-            network = wire(links=links, addresses=(IPv4Interface((first + at, wired.subnet.prefixlen)),))
+            network = wire(links=links, addresses=(Address(IPv4Address(first + at), wired.subnet),))
             serial = pool.serials[at] if pool.serials and at < len(pool.serials) else None
             made.append(_Made(machine(name, network=network, serial=serial, denied=name in denied), loc, pool))
         return made
@@ -532,16 +532,16 @@ class _Rules:
     # Duplicates
 
     def _duplicates(self, shape: ClusterFile, made: Sequence[_Made]) -> None:
-        names: dict[str, str] = {}
+        names: set[str] = set()
         macs: dict[str, str] = {}
         serials: dict[str, str] = {}
-        taken: dict[IPv4Address, str] = {}
+        taken: dict[int, str] = {}  # by the address's number: an IPv4Address is slow to hash
         if shape.virtual_ip:
-            taken[shape.virtual_ip] = "virtualIP"
+            taken[int(shape.virtual_ip)] = "virtualIP"
         for one in _of_each_entry(made):
             if one.node.network.gateway:
-                taken[one.node.network.gateway] = "the gateway"
-        if shape.virtual_ip and taken[shape.virtual_ip] == "the gateway":
+                taken[int(one.node.network.gateway)] = "the gateway"
+        if shape.virtual_ip and taken[int(shape.virtual_ip)] == "the gateway":
             self.refuse(f"virtualIP {shape.virtual_ip} is the gateway", "Choose a free address.", "virtualIP")
         told: Counter[tuple[Loc, str]] = Counter()
 
@@ -556,15 +556,16 @@ class _Rules:
             node = one.node
             if node.name in names:
                 clash(one, f"The name {node.name} is given twice", "name", "name", "Choose another one.")
-            names[node.name] = node.name
+            names.add(node.name)
             for at, address in enumerate(node.addresses):
-                if address in taken:
-                    what = f"{address} of {node.name} is also {taken[address]}"
+                number = int(address)
+                if number in taken:
+                    what = f"{address} of {node.name} is also {taken[number]}"
                     clash(
                         one, what, "extraAddresses" if at else "address", "firstAddress", "Give each its own address."
                     )
                 else:
-                    taken[address] = f"that of {node.name}"
+                    taken[number] = f"that of {node.name}"
             for link in node.network.links:
                 if link.mac and link.mac in macs:
                     what = f"The MAC address {link.mac} of {node.name} is also that of {macs[link.mac]}"

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from functools import cached_property
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Arch = Literal["amd64", "arm64"]
 Role = Literal["control-plane", "worker", "etcd", "load-balancer"]
@@ -103,12 +103,28 @@ class Link:
     mac: str | None = None
 
 
+class Address(NamedTuple):
+    """A machine's address in a network, which those of a pool share: ipaddress.IPv4Interface makes one for each, and
+    with thousands of machines that is a fifth of what reading their cluster file costs."""
+
+    ip: IPv4Address
+    network: IPv4Network
+
+    @classmethod
+    def of(cls, interface: IPv4Interface) -> Address:
+        return cls(interface.ip, interface.network)
+
+    def __str__(self) -> str:
+        """As in "192.168.10.11/24"."""
+        return f"{self.ip}/{self.network.prefixlen}"
+
+
 @dataclass(frozen=True, slots=True)
 class Network:
     """How a machine is wired: links -> optional bond -> optional VLAN -> addresses; a default route is optional."""
 
     links: tuple[Link, ...]
-    addresses: tuple[IPv4Interface, ...]  # the first is the node's address
+    addresses: tuple[Address, ...]  # the first is the node's address
     bond: str | None = None  # a netplan bond mode: "802.3ad", "active-backup", ...; needed with two or more links
     vlan: int | None = None
     mtu: int | None = None
@@ -150,7 +166,7 @@ class Node:
 
     @property
     def addresses(self) -> tuple[IPv4Address, ...]:
-        return tuple(interface.ip for interface in self.network.addresses)
+        return tuple([address.ip for address in self.network.addresses])
 
     @property
     def runs_kubelet(self) -> bool:

@@ -33,6 +33,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,7 +110,11 @@ class Secrets:
 
     def life(self, owner: str) -> Life:
         """Of a machine, or of profiles.DESK."""
-        return self.later.get(owner, Life(self.minted, self.install_by))
+        return self.later.get(owner, self._first)
+
+    @cached_property
+    def _first(self) -> Life:
+        return Life(self.minted, self.install_by)
 
 
 @dataclass(frozen=True)

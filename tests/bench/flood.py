@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from ipaddress import IPv4Interface
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from recipes.kit.model import Cluster, Network, Node
+from recipes.kit.model import Address, Cluster, Network, Node
 from tests import samples
 from tests.bench import table
 from tests.bench.measure import Goal
@@ -90,7 +90,7 @@ def cluster_of(machines: int) -> Cluster:
     cluster = on_loopback(samples.ha(nodes=(control,)), os.getpid())
 
     def worker(number: int) -> Node:
-        address = IPv4Interface((0xAC100800 + number, 16))  # 172.16.8.0 and on
+        address = Address(IPv4Address(0xAC100800 + number), IPv4Network("172.16.0.0/16"))  # 172.16.8.0 and on
         return samples.node(f"worker-{number}", "worker", 1, network=Network((), (address,)))
 
     return replace(cluster, nodes=(*cluster.nodes, *(worker(number) for number in range(1, machines + 1))), scale=5_000)

@@ -12,12 +12,13 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
-from ipaddress import IPv4Interface
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from statistics import median
 
 from recipes.kit import pki
 from recipes.kit.archive import END_MEMBER
+from recipes.kit.model import Address
 from recipes.kit.profiles import AUTHORITIES, profiles_of
 from tests import samples
 from tests.bench import measure, scale, table
@@ -238,7 +239,7 @@ def requests(machines: int) -> list[str]:
     cluster = samples.ha()
     lines = []
     for number in range(machines):
-        address = IPv4Interface((0xAC100800 + number, 16))  # 172.16.8.0 and on
+        address = Address(IPv4Address(0xAC100800 + number), IPv4Network("172.16.0.0/16"))  # 172.16.8.0 and on
         network = replace(cluster.nodes[0].network, addresses=(address,))
         node = replace(cluster.nodes[0], name=f"control-{number + 1}", network=network)
         for spec in profiles_of(node):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from datetime import UTC, datetime, timedelta
-from ipaddress import IPv4Address, IPv4Interface
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
@@ -425,7 +425,7 @@ def test_wiring_the_nearest_wins(tmp_path: Path) -> None:
     assert first.gateway == IPv4Address("192.168.10.1")
     assert (own.links, own.bond, own.mtu) == ((Link("nic0", "52:54:00:00:00:aa"),), None, 1500)
     assert own.nameservers == ()
-    assert elsewhere.addresses == (IPv4Interface("10.9.0.5/24"), IPv4Interface("10.8.0.5/16"))
+    assert elsewhere.addresses == (samples.address("10.9.0.5/24"), samples.address("10.8.0.5/16"))
     assert elsewhere.gateway is None  # the shared one is of the shared subnet
 
 
