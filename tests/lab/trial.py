@@ -113,7 +113,7 @@ def down(build: Path) -> None:
         os.kill(pid, signal.SIGTERM)
     except PermissionError:
         raise LabError("The lab is root's", remedy="Run it with sudo.") from None
-    wait(lambda: _running(folder) is None, 120, "the lab has ended")
+    wait(lambda: not _holds(pid, folder), 120, "the lab has ended")  # its file goes before it does
     print("The lab is down.")
 
 
@@ -121,10 +121,17 @@ def _running(folder: Path) -> int | None:
     """The PID of the process that holds this lab."""
     try:
         pid = int((folder / "pid").read_text())
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except (OSError, ValueError):
         return None
-    return pid if b"tests.lab.trial" in words and os.fsencode(folder.parent.absolute()) in words else None
+    return pid if _holds(pid, folder) else None
+
+
+def _holds(pid: int, folder: Path) -> bool:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return b"tests.lab.trial" in words and os.fsencode(folder.parent.absolute()) in words
 
 
 def _forget(folder: Path) -> None:
