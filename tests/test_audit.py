@@ -344,21 +344,21 @@ def test_a_seed_holds_nothing_beside_the_tarball(ha: Desk) -> None:
         ha.audit.seed({**documents, "user-data": documents["user-data"] + b"# " + secret}, worker)
 
 
-def test_thousands_of_machines_are_audited_in_about_a_millisecond_each(parts: artifacts.Parts, tmp_path: Path) -> None:
-    many = [samples.node(f"worker-{i}", "worker", 20) for i in range(1, 5001)]
-    cluster = samples.ha(nodes=(*samples.ha().control_planes, *many))
-    made = Desk(cluster, artifacts.secrets(tmp_path, cluster), parts, tmp_path)
-    started = time.process_time()
-    looking = made.audit
-    assert time.process_time() - started < 0.2
-    work = [(node, made.identity(node), made.seed(node)) for node in many[:50]]
-    took = []
-    for node, files, documents in work:
-        started = time.process_time()
-        looking.identity(files, node)
-        looking.seed(documents, node)
-        took.append(time.process_time() - started)
-    assert min(took) < 0.0015
+def test_a_machine_of_thousands_is_audited_as_fast_as_one_of_a_few(parts: artifacts.Parts, tmp_path: Path) -> None:
+    def best(workers: int) -> float:
+        """Seconds of processor that a worker costs at best."""
+        many = [samples.node(f"worker-{i}", "worker", 20) for i in range(1, workers + 1)]
+        cluster = samples.ha(nodes=(*samples.ha().control_planes, *many))
+        made = Desk(cluster, artifacts.secrets(tmp_path / str(workers), cluster), parts, tmp_path)
+        looking, took = made.audit, []
+        for node, files, documents in [(node, made.identity(node), made.seed(node)) for node in many[:50]]:
+            started = time.process_time()
+            looking.identity(files, node)
+            looking.seed(documents, node)
+            took.append(time.process_time() - started)
+        return min(took)
+
+    assert best(5000) < 3 * best(50)
 
 
 # ---- the table -----------------------------------------------------------------------------------------------------
