@@ -12,7 +12,7 @@ from pathlib import Path
 from uuid import UUID, uuid5
 
 from recipes.kit import gpt
-from recipes.kit.archive import GzipMember
+from recipes.kit.archive import GzipStream
 from recipes.kit.atomic import replacing
 from recipes.kit.errors import BakeError
 from recipes.kit.gpt import ALIGN, FIRST, LAST, SECTOR, Partition, Table
@@ -72,18 +72,18 @@ def write(disk: Layout, target: Path, advance: Advance = lambda _: None) -> None
 
     Nothing large is in memory, and what is empty on the disk costs nearly nothing. BakeError: a source became shorter.
     """
-    with replacing(target) as out, GzipMember(out, advance) as member:
-        member.put(disk.table.head(disk.sectors))
+    with replacing(target) as out, GzipStream(out, advance) as stream:
+        stream.put(disk.table.head(disk.sectors))
         at = FIRST
         for number, part in _in_order(disk.table):
-            _zeros(member, (part.start - at) * SECTOR)
+            _zeros(stream, (part.start - at) * SECTOR)
             path, begin, length = disk.sources[number]
-            _copy(member, path, begin, length)
-            _zeros(member, part.length * SECTOR - length)
+            _copy(stream, path, begin, length)
+            _zeros(stream, part.length * SECTOR - length)
             at = part.end
-        _zeros(member, (disk.sectors - LAST - at) * SECTOR)
-        member.put(disk.table.tail(disk.sectors))
-        member.close()
+        _zeros(stream, (disk.sectors - LAST - at) * SECTOR)
+        stream.put(disk.table.tail(disk.sectors))
+        stream.close()
 
 
 def _root(table: Table, base: Path, arch: Arch) -> int:
@@ -105,16 +105,16 @@ def _in_order(table: Table) -> Iterator[tuple[int, Partition]]:
     yield from sorted(table.partitions.items(), key=lambda item: item[1].start)
 
 
-def _copy(member: GzipMember, path: Path, begin: int, length: int) -> None:
+def _copy(stream: GzipStream, path: Path, begin: int, length: int) -> None:
     with path.open("rb", buffering=0) as source:
         source.seek(begin)
-        if member.copy(source, length):
+        if stream.copy(source, length):
             raise BakeError("a file became shorter while it was copied", where=path, remedy="run doit once more")
 
 
-def _zeros(member: GzipMember, length: int) -> None:
+def _zeros(stream: GzipStream, length: int) -> None:
     while length > 0:
-        member.put(bytes(min(length, 1 << 20)))
+        stream.put(bytes(min(length, 1 << 20)))
         length -= 1 << 20
 
 

@@ -48,7 +48,7 @@ def as_nobody() -> list[str]:
     words = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
     if os.geteuid() != 0 or shutil.which("setpriv") is None:
         return []
-    tried = subprocess.run([*words, sys.executable, "-c", "import doit, isal"], cwd="/", capture_output=True)
+    tried = subprocess.run([*words, sys.executable, "-c", "import deflate, doit, isal"], cwd="/", capture_output=True)
     return words if tried.returncode == 0 else []
 
 

@@ -1,6 +1,6 @@
 """Files -> tar.gz: always the same bytes, streamed, written whole or not at all.
 
-A *head* is a gzip member that holds tar entries without the end-of-archive blocks. A payload on disk is a head and one
+A *head* is gzip members that hold tar entries without the end-of-archive blocks. A payload on disk is a head and one
 constant member with those blocks, so that it is a tarball in its own right; a node tarball is the same head and a small
 member with the node's own files. The head is thus compressed once, however many nodes share it.
 """
@@ -11,6 +11,7 @@ import hashlib
 import os
 import struct
 import tarfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +20,7 @@ from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import IO, Self
 
-from isal import isal_zlib
+import deflate
 
 from recipes.kit.atomic import replacing
 from recipes.kit.crew import CORES
@@ -30,17 +31,15 @@ from recipes.kit.progress import Advance
 
 CHUNK = 1 << 20  # bytes read at once
 PIECE = 1 << 16  # bytes compared at once: small enough for the processor's cache
-BLOCK = 4 << 20  # bytes of tar that are compressed as one; part of the format, since it decides the bytes
-LEVEL = 2
-_HEADER = bytes((0x1F, 0x8B, 8, 0, 0, 0, 0, 0, 0, 255))  # gzip: no name, no time, unknown system
-_LAST_BLOCK = b"\x03\x00"  # deflate: an empty, final block
+BLOCK = 4 << 20  # bytes that are compressed as one; part of the format, since it decides the bytes
+LEVEL = 1
 _END = bytes(2 * tarfile.BLOCKSIZE)
 # The end-of-archive blocks as a member of their own, stored rather than compressed: the same bytes from any zlib.
 END_MEMBER = (
-    _HEADER
+    bytes((0x1F, 0x8B, 8, 0, 0, 0, 0, 0, 0, 255))  # gzip: no name, no time, unknown system
     + struct.pack("<BHH", 1, len(_END), len(_END) ^ 0xFFFF)
     + _END
-    + struct.pack("<II", isal_zlib.crc32(_END), len(_END))
+    + struct.pack("<II", zlib.crc32(_END), len(_END))
 )
 
 
@@ -89,7 +88,7 @@ def write_payload(
     advance is called with the bytes of tar done. BakeError: a source that is gone or is not what it was, a path twice.
     """
     ordered = _checked(files)
-    with replacing(target, mode=0o644) as out, _TarMember(out, mtime, own, advance) as writer:
+    with replacing(target, mode=0o644) as out, _TarStream(out, mtime, own, advance) as writer:
         entries = [writer.add(file) for file in ordered]
         more = _checked([*ordered, *last(entries)], keep=ordered)
         entries += [writer.add(file) for file in more]
@@ -118,7 +117,7 @@ def write_node(
             with payload.open("rb") as head:
                 length = _head_length(payload)
                 copy_range(head, out, length - keep_alike(head, out, length))
-        with _TarMember(out, mtime, own) as writer:
+        with _TarStream(out, mtime, own) as writer:
             entries = [writer.add(file) for file in ordered]
             writer.put(_END)
             writer.close()
@@ -126,11 +125,11 @@ def write_node(
     return Packed(target, size, tuple(entries))
 
 
-class GzipMember:
-    """One gzip member, compressed on several cores.
+class GzipStream:
+    """Bytes -> gzip (RFC 1952), compressed on several cores.
 
-    Every BLOCK of it is its own run of deflate blocks, ended on a byte boundary: the same bytes from one thread
-    or four. Use as a context, so that an error leaves no thread behind.
+    Every BLOCK is a member of its own: the same bytes from one thread or four. Use as a context, so that an error
+    leaves no thread behind.
     """
 
     def __init__(self, out: IO[bytes], advance: Advance = lambda _: None) -> None:
@@ -138,12 +137,10 @@ class GzipMember:
         self._advance = advance
         self._pool: ThreadPoolExecutor | None = None
         self._cores = min(CORES, 4)
-        self._waiting: deque[Future[bytes]] = deque()
+        self._waiting: deque[Future[bytearray]] = deque()
         self._block = bytearray(BLOCK)
         self._filled = 0
-        self._crc = 0
         self._size = 0
-        self._out.write(_HEADER)
 
     def __enter__(self) -> Self:
         return self
@@ -173,7 +170,6 @@ class GzipMember:
             self._out.write(self._waiting.popleft().result())
         if self._filled:
             self._out.write(compress(memoryview(self._block)[: self._filled]))
-        self._out.write(_LAST_BLOCK + struct.pack("<II", self._crc, self._size & 0xFFFFFFFF))
         self._advance(self._size)
 
     def _room(self, wanted: int) -> memoryview:
@@ -182,7 +178,6 @@ class GzipMember:
 
     def _took(self, count: int) -> None:
         end = self._filled + count
-        self._crc = isal_zlib.crc32(memoryview(self._block)[self._filled : end], self._crc)
         self._size += count
         self._filled = end
         if end < BLOCK:
@@ -196,8 +191,8 @@ class GzipMember:
         self._advance(self._size)
 
 
-class _TarMember(GzipMember):
-    """A member with entries of a tarball."""
+class _TarStream(GzipStream):
+    """Entries of a tarball, compressed."""
 
     def __init__(
         self,
@@ -264,9 +259,9 @@ class _TarMember(GzipMember):
         return Entry(file.path, size, found, file.mode, file.owner, None, file.origin)
 
 
-def compress(block: bytes | bytearray | memoryview) -> bytes:
-    made = isal_zlib.compressobj(LEVEL, isal_zlib.DEFLATED, -15)
-    return made.compress(block) + made.flush(isal_zlib.Z_SYNC_FLUSH)
+def compress(block: bytes | bytearray | memoryview) -> bytearray:
+    """A gzip member."""
+    return deflate.gzip_compress(block, LEVEL)
 
 
 def _mode(file: File) -> int:

@@ -42,7 +42,7 @@ def test_the_floor_reads_and_writes_everything(tmp_path: Path, monkeypatch: pyte
         hashed.append(path)
         return digest(path)
 
-    def compressing(data: bytes) -> bytes:
+    def compressing(data: bytes) -> bytearray:
         compressed.append(len(data))
         return compress(data)
 
