@@ -41,9 +41,8 @@ def on_loopback(cluster: Cluster, seed: int) -> Cluster:
     """The same cluster with its machines in a 127.x.y.0/24 of its own."""
     octets = f"127.{seed // 250 % 250 + 1}.{seed % 250 + 1}"
     nodes = tuple(
-        replace(
-            node,
-            network=replace(node.network, addresses=(samples.address(f"{octets}.{node.address.packed[3]}/24"),)),
+        node._replace(
+            network=node.network._replace(addresses=(samples.address(f"{octets}.{node.address.packed[3]}/24"),)),
         )
         for node in cluster.nodes
     )
@@ -82,7 +81,7 @@ class Layout:
         """API servers and etcd members are asked by that address here, so certificates have to name it."""
         interface = samples.address(f"{self.localhost}/24")
         nodes = tuple(
-            replace(node, network=replace(node.network, addresses=(*node.network.addresses, interface)))
+            node._replace(network=node.network._replace(addresses=(*node.network.addresses, interface)))
             if node.name == self.node.name
             else node
             for node in self.cluster.nodes

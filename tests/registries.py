@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import yaml
 
 from recipes.kit.gotool import find_go
 from recipes.kit.locks import locked
+from tests.servers import answering
 
 BUILD = Path(__file__).parents[1] / "build" / "tests" / "registry"
 MODULE = "github.com/distribution/distribution/v3@v3.1.2"
@@ -167,14 +167,8 @@ class _Http(ThreadingHTTPServer):
 def small() -> Iterator[Small]:
     http = _Http(("127.0.0.1", 0), _Handler)
     http.small = Small(f"127.0.0.1:{http.server_address[1]}")
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
+    with answering(http):
         yield http.small
-    finally:
-        http.shutdown()
-        thread.join()
-        http.server_close()
 
 
 def get(url: str, **headers: str) -> bytes:

@@ -25,7 +25,7 @@ def node(name: str, role: Role, host: int, **changes: Any) -> Node:
     )
     taints = ("node-role.kubernetes.io/control-plane=:NoSchedule",) if role == "control-plane" else ()
     made = Node(name=name, role=role, arch="amd64", network=network, taints=taints, runs_etcd=role == "etcd")
-    return replace(made, **changes)
+    return made._replace(**changes)
 
 
 def ha(**changes: Any) -> Cluster:

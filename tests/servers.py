@@ -82,6 +82,19 @@ class _Http(ThreadingHTTPServer):
 
 
 @contextmanager
+def answering(http: ThreadingHTTPServer) -> Iterator[None]:
+    """Answers while it lasts."""
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield
+    finally:
+        http.shutdown()
+        thread.join()
+        http.server_close()
+
+
+@contextmanager
 def serving(tls: tuple[Path, Path] | None = None) -> Iterator[Server]:
     """A server while it lasts; tls: certificate and key, PEM files."""
     http = _Http(("127.0.0.1", 0), Request)
@@ -91,14 +104,8 @@ def serving(tls: tuple[Path, Path] | None = None) -> Iterator[Server]:
         http.socket = context.wrap_socket(http.socket, server_side=True, do_handshake_on_connect=False)
     port = http.server_address[1]
     http.told = Server(f"{'https' if tls else 'http'}://127.0.0.1:{port}", ("127.0.0.1", port))
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
+    with answering(http):
         yield http.told
-    finally:
-        http.shutdown()
-        thread.join()
-        http.server_close()
 
 
 def status(code: int, **headers: str) -> Answer:

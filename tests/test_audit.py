@@ -265,7 +265,7 @@ def test_another_machines_identity_fails(ha: Desk) -> None:
 
 
 def test_the_tokens_of_denied_machines_stay_at_the_desk(ha: Desk) -> None:
-    denied = [replace(node, denied=node.name == "worker-2") for node in ha.cluster.nodes]
+    denied = [node._replace(denied=node.name == "worker-2") for node in ha.cluster.nodes]
     without = replace(ha, cluster=replace(ha.cluster, nodes=tuple(denied)))
     plane = ha.cluster.control_planes[0]
     without.audit.identity(without.identity(plane), plane)

@@ -83,7 +83,7 @@ def test_what_is_baked_is_closed(make: Callable[[], Cluster], parts: artifacts.P
 def test_the_folder_of_a_local_volume_is_no_hole(parts: artifacts.Parts, tmp_path: Path) -> None:
     cluster = samples.ha()
     volume = LocalVolume(name="data", path="/srv/data", size="1Gi", storage_class="local")
-    node = replace(cluster.workers[0], volumes=(volume,))
+    node = cluster.workers[0]._replace(volumes=(volume,))
     cluster = replace(cluster, nodes=(*cluster.control_planes, node))
     closure.prove(proven(cluster, node, parts), cluster, node, identity(cluster, node, parts, tmp_path))
 

@@ -77,7 +77,7 @@ def document(cluster: Cluster, generation: int = 7, **changes: Any) -> bytes:
 
 def named(cluster: Cluster, name: str, **changes: Any) -> Cluster:
     """The cluster with one machine changed."""
-    return replace(cluster, nodes=tuple(replace(n, **changes) if n.name == name else n for n in cluster.nodes))
+    return replace(cluster, nodes=tuple(n._replace(**changes) if n.name == name else n for n in cluster.nodes))
 
 
 INVENTORY = inventory.parse(document(samples.ha()))  # worker-1 is token3 at 192.168.10.21

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,7 +29,7 @@ def baked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     minted = artifacts.secrets(folder, cluster)
     parts = artifacts.Parts(folder / "cache")
     payload, full = artifacts.bake(folder, cluster, cluster.workers[0], parts, minted)
-    thin_node = replace(cluster.workers[0], media="thin")
+    thin_node = cluster.workers[0]._replace(media="thin")
     _, thin = artifacts.bake(folder / "thin", cluster, thin_node, parts, minted)
     return payload, full, thin
 
@@ -79,7 +78,7 @@ def test_thin_takes_its_payload_from_a_server(tmp_path: Path) -> None:
     """Without a machine that it would be: a check, and files that are put in place below a folder."""
     with servers.serving() as server:
         cluster = samples.ha(payload_server=server.url)
-        node = replace(cluster.workers[0], media="thin")
+        node = cluster.workers[0]._replace(media="thin")
         minted = artifacts.secrets(tmp_path, cluster)
         payload, thin = artifacts.bake(tmp_path, cluster, node, artifacts.Parts(tmp_path / "cache"), minted)
         server.answers[f"/{payload.name}"] = [servers.body(payload.read_bytes())]

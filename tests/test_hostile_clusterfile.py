@@ -451,7 +451,8 @@ def put(tree: Any, old: str, new: str) -> Any:
     if isinstance(tree, str):
         return tree.replace(old, new)
     if isinstance(tree, tuple):
-        return tuple(put(item, old, new) for item in tree)
+        items = [put(item, old, new) for item in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
     if is_dataclass(tree) and not isinstance(tree, type):
         return replace(tree, **{field.name: put(getattr(tree, field.name), old, new) for field in fields(tree)})
     return tree

@@ -13,7 +13,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -344,7 +344,7 @@ def test_what_is_no_archive_is_refused(world: World, make: Callable[[Path], Path
 def test_a_mixed_cluster_takes_an_archive_where_it_fits(world: World) -> None:
     one = tar_of(world.tmp / "amd64.tar", docker(["a:1"]))
     other = tar_of(world.tmp / "arm64.tar", docker(["a:1"], "arm64"))
-    nodes = (*samples.ha().nodes, replace(samples.node("worker-9", "worker", 29), arch="arm64"))
+    nodes = (*samples.ha().nodes, samples.node("worker-9", "worker", 29)._replace(arch="arm64"))
     made = world.obtain(images=(str(one), str(other)), nodes=nodes)
     assert made["docker.io/library/a:1"].archive.sha256 == hash_file(one)
 

@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -94,7 +94,7 @@ def bake(folder: Path, parts: artifacts.Parts, cluster: Cluster, node: Node, min
 def renewal(folder: Path, parts: artifacts.Parts, cluster: Cluster, node: Node) -> Path:
     """What renews a machine that was baked in this folder: rekeyed, without the payload."""
     secrets = store.rekey(folder / "secrets", cluster, [node.name], now=NOW)
-    _, tarball = artifacts.bake(folder / "renewal", cluster, replace(node, media="thin"), parts, secrets)
+    _, tarball = artifacts.bake(folder / "renewal", cluster, node._replace(media="thin"), parts, secrets)
     return tarball
 
 
@@ -110,12 +110,12 @@ def tarballs(tmp_path_factory: pytest.TempPathFactory, parts: artifacts.Parts) -
         "renewal": renewal(folder / "now", parts, cluster, worker),
         "tomorrow": bake(folder / "tomorrow", parts, cluster, worker, NOW + timedelta(days=1)),
         "last year": bake(folder / "past", parts, cluster, worker, NOW - timedelta(days=365)),
-        "with a serial": bake(folder / "serial", parts, cluster, replace(worker, serial="CZ1900AA01")),
+        "with a serial": bake(folder / "serial", parts, cluster, worker._replace(serial="CZ1900AA01")),
         "arm64": bake(
             folder / "arm64",
             artifacts.Parts(folder / "arm64" / "parts", "arm64"),
             cluster,
-            replace(worker, arch="arm64"),
+            worker._replace(arch="arm64"),
         ),
     }
 
@@ -276,7 +276,7 @@ def served(machine: Machine, parts: artifacts.Parts, tmp_path: Path) -> Iterator
     with servers.serving() as server:
         cluster = samples.ha(payload_server=server.url)
         folder = tmp_path / "baked"
-        tarball = bake(folder, parts, cluster, replace(cluster.workers[0], media="thin"))
+        tarball = bake(folder, parts, cluster, cluster.workers[0]._replace(media="thin"))
         shutil.copy(tarball, machine.path("/medium/node.tar.gz"))
         yield server, (folder / "payloads/worker-amd64.tar.gz").read_bytes()
 

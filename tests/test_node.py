@@ -128,7 +128,7 @@ def test_identities_are_the_same_twice_and_workers_independent(cluster: Cluster,
 def test_thin_is_the_identity_alone(cluster: Cluster, minted: store.Secrets, tmp_path: Path) -> None:
     parts = artifacts.Parts(tmp_path / "cache")
     for media in ("full", "thin"):
-        node = replace(cluster.workers[0], media=media)
+        node = cluster.workers[0]._replace(media=media)
         _, tarball = artifacts.bake(tmp_path / media, cluster, node, parts, minted)
         with tarfile.open(tarball) as tar:
             names = set(tar.getnames())

@@ -174,7 +174,7 @@ def test_the_api_server_may_keep_the_owner_of_a_rotated_audit_log() -> None:
 def test_folders_of_local_volumes_are_made() -> None:
     volume = LocalVolume(name="data", path="/srv/data", size="1Gi", storage_class="local")
     cluster = samples.ha()
-    with_one, without = replace(cluster.workers[0], volumes=(volume,)), cluster.workers[1]
+    with_one, without = cluster.workers[0]._replace(volumes=(volume,)), cluster.workers[1]
     path = "/etc/tmpfiles.d/nodebake-volumes.conf"
     assert "d /srv/data 0755 root root -" in texts(cluster, with_one)[path].splitlines()
     assert path not in texts(cluster, without)
@@ -241,7 +241,7 @@ def test_keys_come_from_root(cluster: Cluster, node: Node) -> None:
 @pytest.mark.parametrize("denied", [False, True])
 def test_who_may_do_what_is_a_flag_where_nobody_is_denied(denied: bool) -> None:
     cluster = samples.ha()
-    cluster = replace(cluster, nodes=(*cluster.nodes[:-1], replace(cluster.nodes[-1], denied=denied)))
+    cluster = replace(cluster, nodes=(*cluster.nodes[:-1], cluster.nodes[-1]._replace(denied=denied)))
     found = texts(cluster, cluster.control_planes[0])
     flag = "--authorization-config=/etc/kubernetes/authorization.yaml" if denied else "--authorization-mode=Node,RBAC"
     assert f"APISERVER_AUTHORIZATION='{flag}'\n" in found["/etc/nodebake/node.env"]
@@ -311,8 +311,8 @@ def test_both_leader_elections_are_written_out() -> None:
 def test_what_the_cluster_file_says_arrives() -> None:
     validity = replace(samples.ha().validity, kubelet=timedelta(days=30))
     cluster = replace(samples.ha(), max_pods=200, dns_domain="lan.test", validity=validity, node_cidr_mask=25)
-    plane = replace(
-        cluster.control_planes[0], labels=(("a", "b"), ("c.d/e", "f")), taints=("x=y:NoExecute", "z:NoSchedule")
+    plane = cluster.control_planes[0]._replace(
+        labels=(("a", "b"), ("c.d/e", "f")), taints=("x=y:NoExecute", "z:NoSchedule")
     )
     cluster = replace(cluster, nodes=(plane, *cluster.nodes[1:]))
     found = texts(cluster, plane)
@@ -576,7 +576,7 @@ def test_the_api_server_takes_the_objects(machine: Layout, api_server: Running, 
     manifest = tmp_path / "objects.yaml"
     volume = LocalVolume(name="data", path="/mnt", size="1Gi", storage_class="local")
     cluster = replace(machine.cluster, approval="group", storage_classes=("local",))
-    cluster = replace(cluster, nodes=(replace(machine.node, volumes=(volume,)),))
+    cluster = replace(cluster, nodes=(machine.node._replace(volumes=(volume,)),))
     made = [*objects.rights(cluster), *objects.static(cluster, IMAGES)]
     manifest.write_bytes(objects.document(made))
     apply = ["apply", "--server-side", "--validate=strict", "--field-manager=test", "-f", str(manifest)]

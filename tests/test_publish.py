@@ -193,7 +193,7 @@ def test_credentials_are_a_hosts_own(no_login: Path) -> None:
 def test_where_a_machine_fetches_from(server: str, url: str) -> None:
     assert formats.payload_server(server) == server
     cluster = samples.ha(payload_server=server)
-    thin = replace(cluster.workers[0], media="thin")
+    thin = cluster.workers[0]._replace(media="thin")
     made = distribution.fetch(cluster, thin, sha256=SHA256, size=1)
     assert made is not None and (made.url, made.sha256, made.size) == (url, SHA256, 1)
     assert distribution.fetch(cluster, cluster.workers[0], sha256=SHA256, size=1) is None
@@ -219,7 +219,7 @@ def test_what_is_no_payload_server(text: str) -> None:
 
 def test_the_load_of_the_server_is_told(tmp_path: Path, desk: Desk) -> None:
     """As soon as the payloads are there: of machines with thin media alone."""
-    workers = [replace(samples.node(f"worker-{i}", "worker", 1), media="thin") for i in range(500)]
+    workers = [samples.node(f"worker-{i}", "worker", 1)._replace(media="thin") for i in range(500)]
     cluster = samples.ha(nodes=(*CLUSTER.control_planes, *workers), payload_server="oci://r.test/a")
     bake = Bake(cluster, desk, tmp_path / "secrets", artifacts.NOW, minting=False)
     assert "payloads from" not in report.cluster(bake)
@@ -242,7 +242,7 @@ def test_a_machine_takes_its_payload_from_the_cncfs_registry(tmp_path: Path, des
     """Pushed by one, and fetched by first boot's own program: the whole way, by plain HTTP."""
     with registries.cncf(tmp_path / "registry") as host:
         cluster = samples.ha(payload_server=f"oci+http://{host}/nodebake")
-        node = replace(cluster.workers[0], media="thin")
+        node = cluster.workers[0]._replace(media="thin")
         minted = artifacts.secrets(tmp_path, cluster)
         payload, thin = artifacts.bake(tmp_path, cluster, node, artifacts.Parts(tmp_path / "cache"), minted)
         missing = run("verify", "--root", tmp_path / "none", thin)

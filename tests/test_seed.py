@@ -36,7 +36,7 @@ BONDED = Network(
 
 def with_network(network: Network) -> tuple[Cluster, Node]:
     cluster = samples.ha()
-    return cluster, replace(cluster.workers[0], network=network)
+    return cluster, cluster.workers[0]._replace(network=network)
 
 
 def network(cluster: Cluster, node: Node) -> Any:
@@ -358,7 +358,7 @@ def test_whatever_changes_in_the_artifact_changes_the_instance(tmp_path: Path) -
         out = subprocess.run(["bsdtar", "-xOf", path, "meta-data"], capture_output=True, check=True).stdout
         return str(yaml.safe_load(out)["instance-id"])
 
-    routed = replace(worker, network=replace(worker.network, mtu=9000))
+    routed = worker._replace(network=worker.network._replace(mtu=9000))
     made = [
         instance(cluster, worker, "ab" * 32),
         instance(cluster, worker, "cd" * 32),

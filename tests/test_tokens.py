@@ -89,7 +89,7 @@ def test_a_token_of_its_own_time_ends_at_its_own_time(tmp_path: Path) -> None:
 
 def test_a_denied_machine_has_none_in_the_cluster(tmp_path: Path) -> None:
     cluster = samples.ha()
-    denied = replace(cluster, nodes=tuple(replace(node, denied=node.name == "worker-2") for node in cluster.nodes))
+    denied = replace(cluster, nodes=tuple(node._replace(denied=node.name == "worker-2") for node in cluster.nodes))
     secrets = opened(denied, tmp_path)
     left = brought(denied, secrets)
     assert left == [secret for secret in brought(cluster, secrets) if "worker-2" not in str(secret["stringData"])]

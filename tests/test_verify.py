@@ -62,7 +62,7 @@ class World:
 
 def make(folder: Path, cluster: Cluster) -> World:
     full, other = cluster.workers[:2]
-    thin = replace(other, media="thin")
+    thin = other._replace(media="thin")
     cluster = replace(cluster, nodes=tuple(thin if node is other else node for node in cluster.nodes))
     artifacts.secrets(folder, cluster)
     desk = Desk(build=folder / "build", progress=Lines(), choices=Choices(folder / "choices.json"))

@@ -127,14 +127,13 @@ def render(tree: Path, context: Mapping[str, Any]) -> list[File]:
 def _walk(tree: Path) -> list[Path]:
     if not tree.is_dir():
         raise BakeError("this overlay does not exist", where=tree, remedy="restore the folder from the repository")
-    found = (
-        Path(folder) / name
-        for folder, _, names in os.walk(tree)
-        for name in names
-        if Path(folder).name != "__pycache__"  # made by whoever runs a program from here
-    )
-    linked = (Path(folder) / name for folder, names, _ in os.walk(tree) for name in names)
-    return sorted([*found, *(path for path in linked if path.is_symlink())])
+    found: list[Path] = []
+    for place, folders, names in os.walk(tree):
+        folder = Path(place)
+        if folder.name != "__pycache__":  # made by whoever runs a program from here
+            found += [folder / name for name in names]
+        found += [path for path in map(folder.joinpath, folders) if path.is_symlink()]
+    return sorted(found)
 
 
 @cache  # and with it the compiled templates: each machine's identity is rendered from the same

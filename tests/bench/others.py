@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from statistics import median
@@ -240,8 +239,8 @@ def requests(machines: int) -> list[str]:
     lines = []
     for number in range(machines):
         address = Address(IPv4Address(0xAC100800 + number), IPv4Network("172.16.0.0/16"))  # 172.16.8.0 and on
-        network = replace(cluster.nodes[0].network, addresses=(address,))
-        node = replace(cluster.nodes[0], name=f"control-{number + 1}", network=network)
+        network = cluster.nodes[0].network._replace(addresses=(address,))
+        node = cluster.nodes[0]._replace(name=f"control-{number + 1}", network=network)
         for spec in profiles_of(node):
             uses = ",".join(use for use, wanted in (("serverAuth", spec.server), ("clientAuth", spec.client)) if wanted)
             names = spec.sans.names(cluster, node) if spec.sans is not None else ()

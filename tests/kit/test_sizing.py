@@ -104,8 +104,8 @@ def test_a_servers_load() -> None:
 
 
 def test_workers_begin_spread_evenly_and_always_the_same() -> None:
-    nodes = [replace(samples.node(f"worker-{i}", "worker", 1), media="thin") for i in range(5000)]
-    planes = [replace(node, media="thin") for node in samples.ha().control_planes]
+    nodes = [samples.node(f"worker-{i}", "worker", 1)._replace(media="thin") for i in range(5000)]
+    planes = [node._replace(media="thin") for node in samples.ha().control_planes]
     cluster = samples.ha(nodes=(*planes, *nodes), payload_server="http://10.0.0.1")
 
     def after(node: Node) -> int:
@@ -118,7 +118,7 @@ def test_workers_begin_spread_evenly_and_always_the_same() -> None:
     assert max(Counter(times).values()) < 20 and max(times) < 900, "of 5.6 on average in each second"
     counted = Counter(time // 90 for time in times)
     assert all(400 < count < 600 for count in counted.values()) and len(counted) == 10
-    assert after(nodes[17]) == times[17] == after(replace(nodes[17], serial="X"))
+    assert after(nodes[17]) == times[17] == after(nodes[17]._replace(serial="X"))
 
 
 def test_machines_are_those_of_the_roles_that_there_are() -> None:
