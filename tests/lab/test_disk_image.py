@@ -42,7 +42,7 @@ def test_from_a_disk_image_to_a_service_that_answers(bake: Baker, secure_boot: b
 
         # Nothing is left of the seed, and what comes up without it comes up the same.
         seed = "/dev/disk/by-partlabel/seed"
-        assert machine.run(f"blkid --probe --match-tag TYPE {seed}", check=False).stdout == ""
+        assert machine.run(f"blkid --probe --match-tag TYPE {seed}", check=False).stdout.strip() == ""
         machine.run(f"cmp --bytes={by_name['seed']['size']} {seed} /dev/zero", timeout=300)
         assert not machine.run("ls /dev/disk/by-label | grep cidata", check=False).stdout
         (link,) = machine.node.network.links
