@@ -66,7 +66,11 @@ def document(objects: Iterable[Object]) -> bytes:
 
 
 def json_list(objects: Sequence[Object]) -> bytes:
-    """Objects as a List in JSON, which is YAML too: nodebake-controller reads it with Python's own library."""
+    """Objects as a List in JSON: nodebake-controller reads it with Python's own library, and kubectl knows JSON by its
+    first character.
+
+    No reader of YAML may be given it: JSON writes what lies beyond U+FFFF as two escapes, which are no text there.
+    """
     return json.dumps({"apiVersion": "v1", "kind": "List", "items": objects}, separators=(",", ":")).encode() + b"\n"
 
 

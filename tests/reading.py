@@ -44,6 +44,8 @@ def content(file: File) -> Any:
         return tomllib.loads(text)
     if file.path.endswith(".env"):
         return environment(text)
+    if YAML.fullmatch(file.path) and text.startswith('{"apiVersion":'):  # JSON, whatever its name ends with
+        return of_json(json.loads(text, object_pairs_hook=_unique))
     if YAML.fullmatch(file.path):
         return [of_yaml(node) for node in yaml.compose_all(text, Loader=places.LOADER)]
     if INI.fullmatch(file.path):
