@@ -190,7 +190,10 @@ PIECES = (
     *("a" * 64, "a" * 260, "1" * 30, ":1", ":99999", ":0x1", "/32", ",x=y", "=x", ":NoExecute", "://", "?x", "#x"),
 )
 
-ALWAYS = ("\n", "\0", "\x85", "\u2028", "'", '"', "\\", "$(id)", "{{ 1 }}", "%n", " #", ": ", " ", ",x=y", "\U00010000")
+ALWAYS = (
+    *("\n", "\0", "\x85", "\u2028", "\U00010000", "'", '"', "\\"),
+    *("$(id)", "{{ 1 }}", "%n", " #", ": ", " ", ",x=y", "*"),
+)
 
 
 def hostile(given: str) -> st.SearchStrategy[str]:
@@ -322,6 +325,8 @@ def expected(loc: Loc, new: str, before: Harmless, after: Cluster) -> dict[str, 
         word, _, value = subject.partition("=")
         ((own,),) = [made[path] for path in made if path.endswith("10-node.conf") and "q-taint" in str(made[path])]
         own["registerWithTaints"] = [{"key": word, **({"value": value} if value else {}), "effect": effect}]
+    if key == "interface" and set(new) & set("*?") and "mac" not in at(before.tree, loc[:-1]):
+        made[f"{loc[-2]} network-config"][0]["ethernets"]["nic0"]["match"] = {"name": new}
     if key == "mirrors" and re.search("/v2(/|$)", new):
         for path in made:
             if path.endswith("/hosts.toml"):
