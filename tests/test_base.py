@@ -72,6 +72,10 @@ def test_another_architecture_needs_an_emulator(programs: Path, monkeypatch: pyt
     monkeypatch.setattr("os.geteuid", lambda: 0)
     monkeypatch.setattr(base, "native_arch", lambda: "amd64")
     monkeypatch.setattr(base, "_MACHINE", {"arm64": "no-such-machine"})
+    with pytest.raises(BakeError, match="arch-test is lacking on this desk") as caught:
+        base.check("arm64")
+    assert "apt install arch-test" in (caught.value.remedy or "")
+    add(programs, "arch-test")
     with pytest.raises(BakeError, match="cannot run arm64's programs") as caught:
         base.check("arm64")
     assert "qemu-user-binfmt" in (caught.value.remedy or "")
