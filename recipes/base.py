@@ -115,7 +115,7 @@ def check(arch: Arch) -> None:
     if foreign and not Path(f"/proc/sys/fs/binfmt_misc/qemu-{_MACHINE[arch]}").exists():
         raise BakeError(
             f"this desk cannot run {arch}'s programs, which the packages of a disk image run when they are installed",
-            remedy="apt install qemu-user-binfmt, or name an image that boots under `baseImages:`",
+            remedy="apt install qemu-user-static, or name an image that boots under `baseImages:`",
         )
 
 

@@ -78,7 +78,7 @@ def test_another_architecture_needs_an_emulator(programs: Path, monkeypatch: pyt
     add(programs, "arch-test")
     with pytest.raises(BakeError, match="cannot run arm64's programs") as caught:
         base.check("arm64")
-    assert "qemu-user-binfmt" in (caught.value.remedy or "")
+    assert "qemu-user-static" in (caught.value.remedy or "")
 
 
 def test_what_mmdebstrap_complains_of_is_told(tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
