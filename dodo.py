@@ -17,7 +17,7 @@ from typing import Any, cast, get_args
 
 from recipes import report
 from recipes.bake import PACKAGE, Bake
-from recipes.kit import graph, inventory, overlay, store, vault
+from recipes.kit import graph, inventory, store, vault
 from recipes.kit.choices import Choices
 from recipes.kit.download import Desk
 from recipes.kit.errors import BakeError, BakeErrors
@@ -29,6 +29,20 @@ from recipes.kit.vault import Key
 from recipes.records import still_there
 
 Task = dict[str, Any]
+
+
+def give_back(secrets: Path) -> None:
+    """Under sudo: what root wrote is the person's, as what they bake themselves. Not build/lab: the machines' disks."""
+    person, group = (int(os.environ.get(name, "0")) for name in ("SUDO_UID", "SUDO_GID"))
+    if os.geteuid() != 0 or person == 0:
+        return
+    for top in (graph.BUILD, secrets):
+        for folder, folders, files in os.walk(top):
+            if Path(folder) == graph.BUILD and "lab" in folders:
+                folders.remove("lab")
+            for path in (Path(folder), *(Path(folder, file) for file in files)):
+                if path.lstat().st_uid == 0:
+                    os.chown(path, person, group, follow_symlinks=False)
 
 
 @cache
@@ -46,6 +60,7 @@ def bake() -> Bake:
         choices=Choices(where / "choices.json"),
     )
     key = argument("key")
+    atexit.register(give_back, where)
     return Bake(cluster, desk, where, now, key=Key(Path(key).expanduser() if key else None))
 
 
@@ -126,7 +141,7 @@ def task_payload() -> Iterator[Task]:
         yield {
             "name": f"{role}-{arch}",
             "actions": [action(bake().make_payload, role, arch)],
-            "file_dep": [*records, *overlay.inputs(overlay.layers(bake().cluster, role))],
+            "file_dep": records,
             "targets": [bake().payload(role, arch), bake().payload_record(role, arch), bake().payload_bom(role, arch)],
             "uptodate": [Same(bake().inputs_of_payload, role, arch)],
             "clean": True,
@@ -191,6 +206,7 @@ def task_image() -> Iterator[Task]:
             "task_dep": ["_base"],
             "file_dep": [bake().record("bases", node.arch), bake().seed(node)],
             "targets": [bake().disk(node)],
+            "uptodate": [Same(lambda: bake().code)],
             "clean": True,
         }
 
@@ -213,6 +229,7 @@ def task_volume() -> Iterator[Task]:
             "actions": [action(bake().make_volume)],
             "file_dep": list(payload_records().values()),
             "targets": [bake().volume],
+            "uptodate": [Same(lambda: bake().code)],
             "clean": True,
         }
 
@@ -239,7 +256,6 @@ def task_desk() -> Task:
     return {
         "actions": [action(bake().make_desk)],
         "task_dep": ["_store"],
-        "file_dep": overlay.inputs([overlay.TRUST]),
         "targets": bake().desk_files,
         "uptodate": [Same(bake().inputs_of_desk)],
         "clean": True,
@@ -279,7 +295,6 @@ def lab_images() -> Path | None:
 def lab_check() -> None:
     from tests.lab import trial
 
-    atexit.register(give_back)
     trial.check(bake().cluster, lab_images())
 
 
@@ -295,18 +310,9 @@ def lab_down() -> None:
     trial.down(bake().folder)
 
 
-def give_back() -> None:
-    """Under sudo: what root wrote is the person's, as what they bake themselves. Not build/lab: the machines' disks."""
-    person, group = (int(os.environ.get(name, "0")) for name in ("SUDO_UID", "SUDO_GID"))
-    if os.geteuid() != 0 or person == 0:
-        return
-    for top in (graph.BUILD, bake().where):
-        for folder, folders, files in os.walk(top):
-            if Path(folder) == graph.BUILD and "lab" in folders:
-                folders.remove("lab")
-            for path in (Path(folder), *(Path(folder, file) for file in files)):
-                if path.lstat().st_uid == 0:
-                    os.chown(path, person, group, follow_symlinks=False)
+def leftovers() -> list[Path]:
+    """What `doit clean` finds when the tasks have cleaned up: of machines that the cluster file has no more."""
+    return bake().artifacts
 
 
 def registry() -> None:

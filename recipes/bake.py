@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from recipes.payload import Baked
 
 PACKAGE = Path(__file__).parent
+LIBRARIES = ("cryptography", "deflate", "jinja2", "pycdlib", "pyyaml")  # that write what is baked
 
 
 @dataclass
@@ -126,6 +128,14 @@ class Bake:
     def disk(self, node: Node) -> Path:
         return self.folder / "disks" / f"{node.name}.raw.gz"
 
+    @property
+    def artifacts(self) -> list[Path]:
+        """What lies in the folders of what machines get, whoever's it is."""
+        folders = (self.folder / kind for kind in ("payloads", "nodes", "seeds", "bases", "disks", "certs"))
+        beside = (self.admin_conf, self.known_hosts, self.trust)
+        found = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir())]
+        return [*found, *(path for path in beside if path.exists())]
+
     # ---- what everything depends on
 
     @cached_property
@@ -150,8 +160,9 @@ class Bake:
 
     @cached_property
     def code(self) -> str:
-        """Everything of ours that decides about bytes, so that a newer Nodebake bakes anew."""
-        return digest_of_files([*PACKAGE.rglob("*.py"), *PACKAGE.glob("*.yaml")], PACKAGE)
+        """All code that decides about bytes, so that a newer Nodebake, or a newer library, bakes anew."""
+        own = digest_of_files([*PACKAGE.rglob("*.py"), *PACKAGE.glob("*.yaml")], PACKAGE)
+        return digest(own, [(name, version(name)) for name in LIBRARIES])
 
     @cached_property
     def shared(self) -> Cluster:
@@ -220,9 +231,11 @@ class Bake:
             self.desk.progress.warn(warning)
         late = [node.name for node in self.cluster.nodes if self.secrets.life(node.name).install_by <= self.now]
         if late:
+            dated = isinstance(self.cluster.install_by, datetime)
+            anew = "write a later date, which is everybody's" if dated else "doit rekey NODE ..."
             self.desk.progress.warn(
                 f"installBy has passed for {some(late)}: what is baked for them renews a machine that runs "
-                "(nodebake apply), and installs none. Those that were not installed: doit rekey NODE ..."
+                f"(nodebake apply), and installs none. Those that were not installed: {anew}"
             )
         _ = self.secrets, self.mtime  # what is wrong with them is told here, once
 
@@ -260,7 +273,9 @@ class Bake:
         records.write(self.record("images", arch), images.obtain(self.cluster, arch, self.desk, coredns))
 
     def inputs_of_payload(self, role: Role, arch: Arch) -> str:
-        return digest(self.code, self.shared, role, arch, self.mtime, self.secrets.cluster_id, self._authorities())
+        trees = _digest_of_trees(*overlay.layers(self.cluster, role))
+        identity = self.secrets.cluster_id
+        return digest(self.code, trees, self.shared, role, arch, self.mtime, identity, self._authorities())
 
     def make_payload(self, role: Role, arch: Arch) -> None:
         from recipes import bom, closure, payload
@@ -318,8 +333,7 @@ class Bake:
 
     @cached_property
     def _known_to_all(self) -> str:
-        templates = overlay.inputs([overlay.IDENTITY])
-        return digest(self.shared, self.cluster.users, digest_of_files(templates, overlay.OVERLAYS))
+        return digest(self.shared, self.cluster.users, _digest_of_trees(overlay.IDENTITY))
 
     @cached_property
     def _known_to_control_planes(self) -> str:
@@ -420,7 +434,10 @@ class Bake:
             disk.write(planned, self.disk(node), advance)
 
     def inputs_of_desk(self) -> str:
-        return digest(self.code, self.cluster, self.secrets.cluster_id, self.secrets.life(DESK), self.mtime)
+        secrets = self.secrets
+        hosts = [(name, key.public) for name, key in sorted(secrets.ssh_host_keys.items())]
+        trees = _digest_of_trees(overlay.TRUST)
+        return digest(self.code, trees, self.cluster, secrets.cluster_id, secrets.life(DESK), self.mtime, hosts)
 
     def make_desk(self) -> None:
         from recipes import certificates, trust
@@ -487,9 +504,15 @@ def digest(*inputs: object) -> str:
 
 
 def digest_of_files(paths: Iterable[Path], root: Path) -> str:
-    """SHA-256 (hex) over names below root, execute bits and contents."""
+    """SHA-256 (hex) over names below root, execute bits and contents; of a symbolic link, over where it leads."""
     total = hashlib.sha256()
     for path in sorted(paths):
-        total.update(f"{path.relative_to(root)}\0{os.access(path, os.X_OK)}\0".encode())
-        total.update(hashlib.sha256(path.read_bytes()).digest())
+        link = path.is_symlink()
+        kind = "link" if link else path.stat().st_mode & 0o100
+        total.update(f"{path.relative_to(root)}\0{kind}\0".encode())
+        total.update(hashlib.sha256(os.fsencode(path.readlink()) if link else path.read_bytes()).digest())
     return total.hexdigest()
+
+
+def _digest_of_trees(*names: str) -> str:
+    return digest_of_files(overlay.inputs(names), overlay.OVERLAYS)

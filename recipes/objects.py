@@ -484,6 +484,20 @@ def _coredns_pod(image: str, selector: Mapping[str, str]) -> Object:
     }
 
 
+class _Manifest(yaml.SafeLoader):
+    """Takes 22:30 for text as kubectl does (go-yaml reads no numbers to the base of 60, which YAML 1.1 has)."""
+
+
+def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str | int | float:
+    if ":" in node.value:
+        return str(node.value)
+    return loader.construct_yaml_int(node) if node.tag.endswith(":int") else loader.construct_yaml_float(node)
+
+
+for _tag in ("int", "float"):
+    _Manifest.add_constructor(f"tag:yaml.org,2002:{_tag}", _number)
+
+
 def _documents(file: Path) -> list[tuple[int, Any]]:
     """(line, content) of every document that is not empty."""
     try:
@@ -496,7 +510,7 @@ def _documents(file: Path) -> list[tuple[int, Any]]:
         ) from error
     found: list[tuple[int, Any]] = []
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Manifest(text)
         while loader.check_node():
             node = loader.get_node()
             assert node is not None  # noqa: S101  check_node() said so

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import BytesIO, FileIO
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any, BinaryIO, cast
@@ -292,7 +293,7 @@ def _routes(cluster: Cluster, node: Node) -> list[dict[str, str]]:
         # elsewhere, so any neighbour will do; a route without one (scope: link) is not in cloud-init's schema.
         network = node.network.addresses[0].network
         planes = [plane.address for plane in cluster.control_planes if plane.address in network]
-        neighbour = next(address for address in (*planes, *network.hosts()) if address not in node.addresses)
+        neighbour = next(address for address in chain(planes, network.hosts()) if address not in node.addresses)
         return [{"to": str(cluster.service_subnet), "via": str(neighbour)}]
     return []
 

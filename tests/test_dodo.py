@@ -18,7 +18,7 @@ import subprocess
 import termios
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -433,11 +433,17 @@ def test_clean_leaves_store_and_cache_and_a_bake_without_network_gives_the_same_
     small: Desk, tmp_path: Path
 ) -> None:
     before, store = small.digests(), {path: path.stat().st_mtime_ns for path in small.store.rglob("*")}
+    stamps = small.stamps()
     shutil.copytree(small.build, tmp_path / "before", copy_function=os.link)
     cache = {path.name for path in (small.project.root / "build/downloads/sha256").iterdir()}
+    gone = {"seeds/gone.iso", "nodes/gone.tar.gz"}  # of a machine that was removed
+    for name in (*gone, "known_hosts"):
+        (small.build / name).write_bytes(b"")
+    assert "seeds/gone.iso" in small.doit("clean", "-n")
+    assert changed(stamps, small.stamps()) == gone
     small.doit("clean")
     assert small.stamps() == {}
-    assert not (small.build / "admin.conf").exists()
+    assert not [name for name in ("admin.conf", "known_hosts", "trust.tar.gz") if (small.build / name).exists()]
     assert {path: path.stat().st_mtime_ns for path in small.store.rglob("*")} == store
     assert {path.name for path in (small.project.root / "build/downloads/sha256").iterdir()} >= cache
     alone = ["unshare", "-rn"] if can_be_alone() else []
@@ -562,6 +568,41 @@ def test_another_etcd_unit_rebuilds_control_planes_only(editing: Desk) -> None:
         told = editing.doit("node")
     assert made(told) == {"payload:control-plane-amd64", "node:control-1"}
     assert changed(before, editing.stamps()) == payload("control-plane") | machine("control-1")
+
+
+def test_links_and_execute_bits_of_an_overlay_are_inputs_too(editing: Desk) -> None:
+    """Of links, where they lead: what is there is the machine's, not the desk's."""
+    tree = editing.project.root / "overlays/etcd"
+    link, program = tree / "etc/nodebake/zones", tree / "usr/local/bin/of-ours"
+    with ExitStack() as stack:
+        for path in (link, program):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.callback(path.unlink)
+        link.symlink_to("/run/systemd")
+        program.write_text("#!/bin/sh\n")
+        assert "payload:control-plane-amd64" in made(editing.doit("payload"))
+        assert made(editing.doit("payload")) == set()
+        program.chmod(0o755)
+        assert made(editing.doit("payload")) == {"payload:control-plane-amd64"}
+        link.unlink()
+        link.symlink_to("/run/nothing-at-the-desk")
+        assert made(editing.doit("payload")) == {"payload:control-plane-amd64"}
+        listed = subprocess.run(
+            ["tar", "-tvzf", editing.build / "payloads/control-plane-amd64.tar.gz"], capture_output=True, text=True
+        ).stdout
+    assert re.search(r"-rwxr-xr-x .* usr/local/bin/of-ours$", listed, re.MULTILINE), listed
+    assert "etc/nodebake/zones -> /run/nothing-at-the-desk" in listed
+
+
+def test_another_host_key_is_told_to_ssh(editing: Desk) -> None:
+    editing.file.write_text(f"{SMALL}sshHostKeys: baked\n")
+    editing.doit("desk")
+    before = (editing.build / "known_hosts").read_text().splitlines()
+    editing.doit("rekey", "worker-1")
+    editing.doit("desk")
+    after = (editing.build / "known_hosts").read_text().splitlines()
+    changed_lines = [line.split(",")[0] for line in after if line not in before]
+    assert changed_lines == ["worker-1"]
 
 
 def test_another_manifest_rebuilds_control_planes_only(editing: Desk) -> None:

@@ -206,6 +206,13 @@ items:
     assert [one["metadata"]["name"] for one in extra(tmp_path, text)] == ["one", "two", "three"]
 
 
+def test_extra_objects_are_read_as_kubectl_reads_them(tmp_path: Path) -> None:
+    """go-yaml takes "22:30" for text; YAML 1.1 has it for a number to the base of 60."""
+    scalars = "{time: 22:30, precise: 1:20.5, mode: 0644, count: 10, half: 0.5}"
+    (made,) = extra(tmp_path, f"apiVersion: example.com/v1\nkind: Widget\nmetadata: {{name: w}}\nspec: {scalars}\n")
+    assert made["spec"] == {"time": "22:30", "precise": "1:20.5", "mode": 420, "count": 10, "half": 0.5}
+
+
 @pytest.mark.parametrize(
     ("text", "line", "why"),
     [

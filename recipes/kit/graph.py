@@ -222,7 +222,12 @@ class Clean(DoitClean):  # type: ignore[misc]
         if not args:  # whatever was baked, also what a plain `doit` does not bake
             params["cleanall"] = True
         with locked(BUILD / ".lock", waiting=_waiting):
-            return super().execute(params, args)
+            result = super().execute(params, args)
+            for path in self.loader.namespace["leftovers"]() if not args else ():
+                self.outstream.write(f"no task's any more - removing file '{path}'\n")
+                if not params["dryrun"]:
+                    path.unlink()
+            return result
 
 
 def _waiting() -> None:

@@ -234,10 +234,8 @@ class _Rules:
             what = f"Kubelets' certificates of {validity.kubelet.days} days outlive their CA of {validity.ca.days} days"
             self.refuse(what, "Make kubelet shorter, or ca longer.", "validity", "kubelet")
         span = shape.install_by if isinstance(shape.install_by, timedelta) else shape.install_by - self.now
-        if span <= timedelta(0):
-            what = f"installBy: {shape.install_by:%Y-%m-%d} is past"
-            self.refuse(what, "Give a date to come, or a duration as 90d.", "installBy")
-        elif span > validity.leaf and self.document.whole("validity"):
+        # A date that is past is no mistake: machines that run are renewed until their certificates end.
+        if span > validity.leaf and self.document.whole("validity"):
             what = f"installBy lies {span.days} days ahead, beyond the {validity.leaf.days} days of baked certificates"
             self.refuse(what, "Give an earlier date, or a longer validity: {leaf: ...}.", "installBy")
 
@@ -488,6 +486,7 @@ class _Rules:
                     where = loc if self.document.written(*loc) or loc[0] == "nodes" else other_loc
                     self.refuse(what, "Give each its own range.", *where)
         self._cluster_networks(shape, made)
+        self._reached(shape, made)
         endpoint = shape.control_plane_endpoint
         if endpoint and re.fullmatch("[0-9.]+", endpoint.host):
             for name, network, _ in named[:2]:
@@ -496,6 +495,29 @@ class _Rules:
                         f"controlPlaneEndpoint {endpoint.host} lies in {name} {network}, which only the cluster knows"
                     )
                     self.refuse(what, "Give an address outside of it.", "controlPlaneEndpoint")
+
+    def _reached(self, shape: ClusterFile, made: Sequence[_Made]) -> None:
+        """Control planes and all others ask each other; without a gateway a machine reaches its own networks alone."""
+        if self.errors or self.document.errors:
+            return  # what is amiss may be why
+        networks = {one.node.network.addresses[0].network for one in _of_each_entry(made)}
+        if len(networks) < 2:
+            return
+        if shape.flannel_backend == "host-gw" and shape.pod_network == "flannel":
+            what = f"host-gw wants all machines in one network, and they are in {len(networks)}"
+            self.refuse(what, "Use vxlan.", "flannelBackend")
+        each = sorted(_of_each_entry(made), key=lambda one: one.node.role == "control-plane")
+        planes = [one for one in each if one.node.role == "control-plane"]
+        cut_off: set[str] = set()
+        for one in each:
+            own = [address.network for address in one.node.network.addresses]
+            others = (other.node for other in (each if one in planes else planes) if other.node.name not in cut_off)
+            far = next((node for node in others if not any(node.address in network for network in own)), None)
+            if far is not None and not one.node.network.gateway:
+                cut_off.add(one.node.name)
+                what = f"{one.node.name} has no gateway, and so no way to {far.name} at {far.address}"
+                remedy = "Give it a gateway (machineNetwork's is of that subnet alone), or an extra address there."
+                self.refuse(what, remedy, *one.loc)
 
     def _gateway(self, gateway: IPv4Address, subnet: IPv4Network, *loc: str | int) -> None:
         if gateway not in subnet or gateway in (subnet[0], subnet[-1]):

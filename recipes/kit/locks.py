@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from recipes.kit.errors import BakeError
 
 
 @contextmanager
 def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
     """Wait for, then hold, the lock that the file at path stands for. A holder that dies lets go of it.
 
-    waiting() is called if somebody else holds it.
+    waiting() is called if somebody else holds it. Raises BakeError where the file is another user's.
     The file stays: removing it would let a third process lock another file of the same name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except PermissionError as error:
+        raise BakeError(
+            "this is another user's",
+            where=path,
+            remedy=f"work as that user, or take it over: sudo chown -R {os.geteuid()} {shlex.quote(str(path.parent))}",
+        ) from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -313,8 +313,9 @@ def decrypt(directory: Path, key: Key) -> None:
 
 
 def _private(found: os.stat_result, path: Path, directory: Path) -> None:
-    """Raises BakeError unless it is this user's alone."""
-    if found.st_uid != os.geteuid():
+    """Raises BakeError unless it is this user's alone; root under sudo works for the person who called it."""
+    caller = os.environ.get("SUDO_UID") if os.geteuid() == 0 else None
+    if str(found.st_uid) not in (str(os.geteuid()), caller):
         raise BakeError(
             f"the secret store belongs to user {found.st_uid}, this is user {os.geteuid()}",
             where=path,

@@ -85,6 +85,13 @@ RULES: dict[str, tuple[str, int, int, str, str]] = {
         "outside of 192.168.10.0/24",
         "192.168.10.1 to",
     ),
+    "no way to the control planes": (
+        "- {name: x, role: worker, address: 10.9.0.5, subnet: 10.9.0.0/24}",
+        8,
+        3,
+        "x has no gateway, and so no way to p1 at 192.168.10.11",
+        "extra address",
+    ),
     "network address": ("- {name: x, role: worker, address: 192.168.10.0}", 8, 36, "network address", "192.168.10.254"),
     "broadcast address": ("- {name: x, role: worker, address: 192.168.10.255}", 8, 36, "broadcast address", "192.168"),
     "gateway of its own": (
@@ -132,7 +139,6 @@ RULES: dict[str, tuple[str, int, int, str, str]] = {
     "too many pods for a node": ("maxPods: 300", 8, 10, "room for 253 pods", "Lower"),
     "mask for fewer pods": ("networking: {nodeCIDRMaskSize: 26}", 8, 32, "room for 61 pods", "Lower"),
     "endpoint in the pods' network": ("controlPlaneEndpoint: 10.244.0.9", 8, 23, "lies in podSubnet", "outside"),
-    "past": ("installBy: 2026-11-22", 8, 12, "installBy: 2026-11-22 is past", "to come"),
     "beyond the certificates": ("installBy: 2000d", 8, 12, "2000 days ahead, beyond the 1096 days", "validity"),
     "a date beyond": ("installBy: 2036-01-01", 8, 12, "beyond the 1096 days", "earlier"),
     "leaf beyond the CA": ("validity: {ca: 100d, leaf: 200d, kubelet: 50d}", 8, 28, "outlive their CAs", "shorter"),
@@ -299,6 +305,25 @@ def test_etcd_members_are_one_three_five_or_seven(planes: int, what: str, remedy
     assert remedy in mend
 
 
+def test_machines_in_several_networks_reach_each_other(tmp_path: Path) -> None:
+    """Through gateways, of both sides; and host-gw not at all."""
+    far = "- {name: x, role: worker, address: 10.9.0.5, subnet: 10.9.0.0/24, gateway: 10.9.0.1}"
+    cut_off = told(tmp_path, cluster(far))
+    assert [(line, what) for line, _, what, _ in cut_off] == [
+        (3 + number, f"p{number} has no gateway, and so no way to x at 10.9.0.5") for number in (1, 2, 3)
+    ]
+    routed = "subnet: 192.168.10.0/24, interface: eno1, gateway: 192.168.10.1"
+    assert load(tmp_path, cluster(far, network=routed)).nodes[-1].name == "x"
+    ((line, _, what, remedy),) = told(tmp_path, cluster(far, "flannelBackend: host-gw", network=routed))
+    assert (line, remedy) == (9, "Use vxlan.")
+    assert "they are in 2" in what
+
+
+def test_a_date_that_is_past_is_no_mistake(tmp_path: Path) -> None:
+    """What runs is still looked at, verified and renewed."""
+    assert load(tmp_path, cluster("installBy: 2020-01-01")).install_by == datetime(2020, 1, 1, 23, 59, 59, tzinfo=UTC)
+
+
 def test_machines_need_a_network_card_a_subnet_and_a_control_plane(tmp_path: Path) -> None:
     card = told(tmp_path, cluster(planes=1, workers=0, network="subnet: 192.168.10.0/24"))
     assert [(line, column) for line, column, *_ in card] == [(4, 3)]
@@ -319,7 +344,7 @@ def test_all_mistakes_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
         "etcd: stakced",  # choice
         "etcd: external",  # YAML
         "maxPods: 1.10",  # type
-        "installBy: 2020-01-01",  # rule
+        "installBy: 2099-01-01",  # rule
         "instalBy: 90d",  # unknown
     )
     assert [line for line, *_ in told(tmp_path, text)] == [8, 9, 10, 11, 12, 13, 14]
@@ -417,7 +442,7 @@ def test_wiring_the_nearest_wins(tmp_path: Path) -> None:
     shared += "links: [{name: eno1}, {name: eno2}]"
     made = load(tmp_path, cluster(
         node('mac: "52:54:00:00:00:AA", mtu: 1500, nameservers: []'),
-        "- {name: z, role: worker, address: 10.9.0.5, subnet: 10.9.0.0/24, extraAddresses: [10.8.0.5/16]}",
+        "- {name: z, role: worker, address: 10.9.0.5, subnet: 10.9.0.0/24, extraAddresses: [192.168.10.205/24]}",
         network=shared,
     ))  # fmt: skip
     first, own, elsewhere = made.nodes[0].network, made.nodes[-2].network, made.nodes[-1].network
@@ -425,7 +450,7 @@ def test_wiring_the_nearest_wins(tmp_path: Path) -> None:
     assert first.gateway == IPv4Address("192.168.10.1")
     assert (own.links, own.bond, own.mtu) == ((Link("nic0", "52:54:00:00:00:aa"),), None, 1500)
     assert own.nameservers == ()
-    assert elsewhere.addresses == (samples.address("10.9.0.5/24"), samples.address("10.8.0.5/16"))
+    assert elsewhere.addresses == (samples.address("10.9.0.5/24"), samples.address("192.168.10.205/24"))
     assert elsewhere.gateway is None  # the shared one is of the shared subnet
 
 

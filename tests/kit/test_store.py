@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.kit import pki, store
+from recipes.kit import pki, store, vault
 from recipes.kit.errors import BakeError
 from recipes.kit.model import Cluster
 from recipes.kit.profiles import DESK, PROFILES
@@ -131,6 +131,17 @@ def test_it_is_refused_when_someone_else_owns_it(directory: Path, monkeypatch: p
     monkeypatch.setattr(os, "geteuid", lambda: directory.stat().st_uid + 1)
     with pytest.raises(BakeError, match="belongs to user"):
         store.open(directory, samples.ha(), now=NOW)
+
+
+def test_root_opens_what_the_person_has_who_called_sudo(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.open(directory, samples.ha(), now=NOW)
+    person = os.stat_result((0o040700, 0, 0, 1, 4711, 4711, 0, 0, 0, 0))
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setenv("SUDO_UID", "4711")
+    vault._private(person, directory, directory)
+    monkeypatch.setenv("SUDO_UID", "4712")
+    with pytest.raises(BakeError, match="belongs to user 4711"):
+        vault._private(person, directory, directory)
 
 
 def minted_files() -> list[str]:
