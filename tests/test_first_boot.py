@@ -212,6 +212,19 @@ def test_an_identity_alone_is_refused_where_another_payload_is_in_place(installe
     assert done.returncode == MISSING and "this machine has none or another one" in done.stderr
 
 
+def test_another_payload_that_lies_beside_it_is_passed_over(installed: Path, tmp_path: Path) -> None:
+    """As on a volume of an earlier bake that was left in the drive."""
+    cluster = samples.ha(dns_domain="other.local")
+    minted = artifacts.secrets(tmp_path, cluster)
+    payload, _ = artifacts.bake(tmp_path, cluster, cluster.workers[0], artifacts.Parts(tmp_path / "cache"), minted)
+    medium = installed.parent / "medium"
+    shutil.copy(payload, medium / "payload.tar.gz")
+    done = run("install", "--root", installed, "--medium", medium)
+    assert done.returncode == 0, done.stderr
+    assert f"{medium}/payload.tar.gz is another payload" in done.stdout
+    assert "taking the payload that this machine has" in done.stdout
+
+
 def test_install_after_a_cut_goes_on(baked: tuple[Path, Path, Path], tmp_path: Path) -> None:
     medium, root = tmp_path / "medium", tmp_path / "root"
     medium.mkdir()

@@ -500,6 +500,32 @@ def test_a_run_that_goes_on_needs_no_medium_any_more(installed: Machine) -> None
         process.kill()
 
 
+@pytest.mark.parametrize(("placed", "code", "says"), [(True, 0, "making folders"), (False, 66, "put it there again")])
+def test_what_was_named_and_is_gone_is_not_replaced_by_an_older_medium(
+    installed: Machine, tarballs: dict[str, Path], placed: bool, code: int, says: str
+) -> None:
+    """As the machine's first ISO, which may be in the drive for ever."""
+    installed.path("/var/lib/nodebake/installed").unlink()
+    if not placed:
+        installed.path("/var/lib/nodebake/placed").unlink()
+    installed.path("/medium/node.tar.gz").unlink()
+    installed.path("/older").mkdir()
+    shutil.copy(tarballs["renewal"], installed.path("/older/node.tar.gz"))
+    functions = PROGRAM.read_text().removesuffix('main "$@"\n')
+    in_the_drive = 'find_medium() { [ -n "$MEDIUM" ] || MEDIUM=/older; }\nprepare_system() { exit 0; }\nmain install\n'
+    installed.write("/program", functions + in_the_drive)
+    command: list[str | Path] = ["chroot", installed.root, "/bin/sh", "/program"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == code and says in done.stdout, done.stdout
+    assert "verifying" not in done.stdout
+
+
+def test_what_is_installed_already_leaves_no_copy_either(installed: Machine) -> None:
+    done = installed.first_boot()
+    assert done.returncode == 0 and "installed already" in done.stdout, done.stdout + done.stderr
+    assert not installed.path("/medium/node.tar.gz").exists()
+
+
 def test_units_that_only_an_earlier_artifact_brought_are_stopped(installed: Machine) -> None:
     for name in ("installed", "placed"):
         installed.write(f"/var/lib/nodebake/{name}", "of an earlier one\n")
@@ -517,16 +543,16 @@ def test_units_that_only_an_earlier_artifact_brought_are_stopped(installed: Mach
 # ---- after success --------------------------------------------------------------------------------------------------
 
 STAND_INS = """
+mount_label() { echo /seed; }
 mountpoint() { if [ "$2" = / ]; then echo 254:2; else echo {number}; fi; }
 umount() { echo "umount $*"; }
 blkdiscard() { echo "blkdiscard $*"; }
 sync() { echo sync; }
 udevadm() { :; }
-MEDIUM={medium}
 wipe_own_seed
 """
 OVERWRITTEN = [
-    "umount /run/nodebake/media/cidata",
+    "umount /seed",
     "blkdiscard --zeroout --offset 1MiB /dev/block/254:3",
     "sync",
     "blkdiscard --zeroout --length 1MiB /dev/block/254:3",
@@ -535,27 +561,29 @@ OVERWRITTEN = [
 
 
 @pytest.mark.parametrize(
-    ("number", "medium", "told"),
+    ("number", "name", "told"),
     [
-        ("254:3", "/run/nodebake/media/cidata", OVERWRITTEN),
-        ("254:18", "/run/nodebake/media/cidata", []),
-        ("11:0", "/run/nodebake/media/cidata", []),
-        ("0:52", "/run/nodebake/media/cidata", []),
-        ("254:2", "/srv/artifact", []),
+        ("254:3", "node.tar.gz", OVERWRITTEN),
+        ("254:3", "user-data", []),
+        ("254:18", "node.tar.gz", []),
+        ("11:0", "node.tar.gz", []),
+        ("0:52", "node.tar.gz", []),
     ],
-    ids=["on the disk of /", "on another disk", "a CD", "no device", "a folder of /"],
+    ids=["on the disk of /", "of another", "on another disk", "a CD", "no device"],
 )
 def test_the_seed_is_overwritten_on_the_disk_of_the_root_alone(
-    machine: Machine, number: str, medium: str, told: list[str]
+    machine: Machine, number: str, name: str, told: list[str]
 ) -> None:
-    for block, name in (("254:2", "vda/vda2"), ("254:3", "vda/vda3"), ("254:18", "vdb/vdb2"), ("11:0", "sr0")):
-        machine.write(f"/sys/devices/{name}/size", "585728\n")
-        if "/" in name:
-            machine.write(f"/sys/devices/{name}/partition", f"{name[-1]}\n")
+    """Whatever medium the artifact came from that the machine was made of in the end."""
+    machine.write(f"/seed/{name}", "")
+    for block, device in (("254:2", "vda/vda2"), ("254:3", "vda/vda3"), ("254:18", "vdb/vdb2"), ("11:0", "sr0")):
+        machine.write(f"/sys/devices/{device}/size", "585728\n")
+        if "/" in device:
+            machine.write(f"/sys/devices/{device}/partition", f"{device[-1]}\n")
         link = machine.path(f"/sys/dev/block/{block}")
         link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(f"../../devices/{name}")
+        link.symlink_to(f"../../devices/{device}")
     functions = PROGRAM.read_text().removesuffix('main "$@"\n')
-    program = functions + STAND_INS.replace("{number}", number).replace("{medium}", medium)
+    program = functions + STAND_INS.replace("{number}", number)
     done = subprocess.run(["chroot", machine.root, "sh", "-c", program], capture_output=True, text=True)
     assert (done.stdout.splitlines(), done.stderr, done.returncode) == (told, "", 0)

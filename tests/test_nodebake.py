@@ -307,7 +307,10 @@ def test_endpoints_of_units_that_run(worker: Baked, well: Callable[..., None]) -
     ]
 
 
-APPROVAL = "kubelet: it waits for its certificate to be approved by a control plane"
+APPROVAL = (
+    "kubelet: it waits for a control plane that knows its token and approves its certificate "
+    "(journalctl -u kubelet says when the token is not known)"
+)
 NO_SERVER = "kubelet: it has no certificate yet, and no API server answers to ask for one"
 
 

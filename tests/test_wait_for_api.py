@@ -120,6 +120,19 @@ def test_a_token_that_is_not_known_is_tried_ever_more_seldom(
     assert server.closed == sum(pause > 1 for pause in pauses), "asked seldom, another API server may answer"
 
 
+def test_a_token_that_stays_unknown_is_told_once(
+    waits: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bootstrap(waits, "https://192.168.10.9:6443")
+    server = Server(*[401] * 10, 200)
+    monkeypatch.setattr(time, "monotonic", lambda: 1 + sum(server.pauses))
+    assert sum(ask(waits, monkeypatch, server, "token")) < 60
+    assert capsys.readouterr().out == "", "control planes may be at it"
+    server.left = [*[401] * 60, 200]
+    ask(waits, monkeypatch, server, "token")
+    assert capsys.readouterr().out.count("does not know this machine's token") == 1
+
+
 def test_once_somebody_is_there_it_is_asked_often_again(waits: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Machines may be switched on hours before the API is there; then it cannot be long until the token is known."""
     bootstrap(waits, "https://127.0.0.1:6443")

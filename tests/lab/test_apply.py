@@ -219,3 +219,24 @@ def test_a_later_artifact_is_applied_to_running_machines(project: Project, tmp_p
 
 def pods_of(lab: Lab, node: str) -> set[str]:
     return {pod["metadata"]["name"] for pod in items(lab, "pods", "-A") if pod["spec"].get("nodeName") == node}
+
+
+@pytest.mark.matrix
+def test_nodes_follow_the_api_to_another_address(project: Project) -> None:
+    """Whose certificates stay: what the kubelet wrote about the API when it joined is of yesterday."""
+    bake(project, "lab-earlier.service", 1, 100)
+    file = project.clusters / f"{CLUSTER}.yaml"
+    cluster = inventory.load(file, now=datetime.now(UTC))
+    with Lab(project.root / "build" / CLUSTER, cluster) as lab:
+        settled(lab, power_on(lab))
+        worker = lab.machine("worker-1")
+        certificate = worker.run("readlink /var/lib/kubelet/pki/kubelet-client-current.pem").stdout
+        moved = f"{cluster.vip}0"
+        file.write_text(file.read_text().replace(f"virtualIP: {cluster.vip}\n", f"virtualIP: {moved}\nmaxPods: 90\n"))
+        later = bake(project, "lab-later.service", 2, 90)
+        for name in ("balancer-1", "control-1", "worker-1"):
+            apply(lab.machine(name), later)
+        nodes_take(lab, "worker-1", later.pods)
+        assert f"server: https://{moved}:6443" in worker.run("cat /var/lib/kubelet/kubeconfig").stdout
+        assert worker.run("readlink /var/lib/kubelet/pki/kubelet-client-current.pem").stdout == certificate
+        checks.everything_works(lab)

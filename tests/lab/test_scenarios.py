@@ -448,6 +448,39 @@ def etcd_leader(lab: Lab) -> str:
 
 
 @pytest.mark.matrix
+def test_a_control_plane_that_lost_its_disk_comes_back(ha: Lab) -> None:
+    """By what the README tells its operator to do."""
+    lost, other = "control-2", ha.machine("control-1")
+    ha.machine(lost).crash()
+    ha.kubectl("delete", "node", lost)
+    machine = ha.reinstalled(lost)
+    identities = {name: identity for identity, _, name in members(other)}
+    etcdctl(other, f"member remove {identities[lost]}")
+    etcdctl(other, f"member add {lost} --peer-urls=https://{machine.node.address}:2380")
+    clock = power_on(ha, lost)
+    member = "/var/lib/etcd/member"
+    wait(lambda: machine.run(f"test -e {member}/wal").returncode == 0, BOOT, "etcd has begun, as a new cluster's")
+    machine.run(f"systemctl stop etcd; rm -rf {member}; echo MEMBER_STATE=existing >/etc/nodebake/member.env")
+    machine.run("systemctl start etcd")
+    wait_ready(ha, BOOT, {lost}, clock)
+    checks.wait_machine_installed(machine, BOOT)
+    tell(clock)
+    expected = {("started", node.name) for node in ha.cluster.etcd_members}
+    assert {(state, name) for _, state, name in members(other)} == expected
+    etcdctl(machine, "endpoint health --cluster")
+
+
+def members(machine: Machine) -> list[list[str]]:
+    """Identity, state and name of each."""
+    return [line.split(", ")[:3] for line in etcdctl(machine, "member list").splitlines()]
+
+
+def etcdctl(machine: Machine, words: str) -> str:
+    """As root's own shell has it, which knows where etcd is and by what key."""
+    return machine.run("bash", "-l", "-c", f"etcdctl {words}").stdout
+
+
+@pytest.mark.matrix
 def test_a_killed_workers_pods_move_and_it_comes_back(ha: Lab) -> None:
     replicas = {
         "apiVersion": "apps/v1",

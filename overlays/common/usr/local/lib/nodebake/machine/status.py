@@ -131,7 +131,10 @@ def _joining(system: System, asked: list[Unit], answers: list[Endpoint]) -> str 
     if not ways:
         return "kubelet: it has no certificate yet: no API server answers, or no control plane has approved it"
     if any(answer.problem is None for answer in answers if f"{answer.name}.service" in ways):
-        return "kubelet: it waits for its certificate to be approved by a control plane"
+        return (
+            "kubelet: it waits for a control plane that knows its token and approves its certificate "
+            "(journalctl -u kubelet says when the token is not known)"
+        )
     return "kubelet: it has no certificate yet, and no API server answers to ask for one"
 
 
