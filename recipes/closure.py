@@ -251,10 +251,14 @@ def _asks(file: File, cluster: Cluster) -> Iterator[Ask]:
         if str(PurePosixPath(file.path).parent) == _UNITS or re.search(r"\.(service|timer|path)\.d/", file.path):
             yield from _unit(file, text)
     pullable = tuple(f"{registry.host}/" for registry in cluster.registries)
-    for what, reference in _images(file):
+    for what, reference, always in _images(file):
         name = reference_name(reference)
-        if not name.startswith(pullable):
-            yield Ask(f"{what} {reference} is named here, but no archive in the artifact has it", file.path, (name,))
+        if name.startswith(pullable):
+            continue
+        yield Ask(f"{what} {reference} is named here, but no archive in the artifact has it", file.path, (name,))
+        if always:
+            told = f"{what} {reference} would be asked of a registry each time, which is the default for the tag latest"
+            yield Ask(told, file.path, remedy="say imagePullPolicy: IfNotPresent there, or give the image another tag")
 
 
 def _text(file: File) -> str | None:
@@ -389,19 +393,20 @@ def _missing(files: Sequence[File], role: Role, arch: Arch, wanted: Iterable[str
 # -- images -----------------------------------------------------------------------------------------------------------
 
 
-def _images(file: File) -> Iterator[tuple[str, str]]:
-    """(kind, reference) of each image that containerd's configuration or a cluster object names."""
+def _images(file: File) -> Iterator[tuple[str, str, bool]]:
+    """(kind, reference, whether it is pulled each time) of each image that containerd's configuration or a cluster
+    object names."""
     if file.data is None:
         return
     if file.path.startswith("/etc/containerd/") and file.path.endswith(".toml"):
         for reference in _SANDBOX.findall(file.data.decode()):
-            yield "the sandbox image", reference
+            yield "the sandbox image", reference, False
     elif file.path.startswith(f"{_OBJECTS}/") and not file.path.endswith("-tokens.yaml"):
         # Objects may be many (a volume per machine): only documents with an image in them are parsed.
         for document in re.split(rb"^---.*$", file.data, flags=re.MULTILINE):
             if b"image" in document:
-                for reference in sorted(set(_references(yaml.load(document, Loader=_LOADER)))):  # noqa: S506 - safe
-                    yield "the image", reference
+                for reference, always in sorted(set(_references(yaml.load(document, Loader=_LOADER)))):  # noqa: S506 - safe
+                    yield "the image", reference, always
 
 
 def _listed(image: Image) -> Ask:
@@ -409,16 +414,27 @@ def _listed(image: Image) -> Ask:
     return Ask(told, f"the image {image.name}", (reference_name(image.reference),), remedy="look at its archive")
 
 
-def _references(value: Any) -> Iterator[str]:
+def _references(value: Any) -> Iterator[tuple[str, bool]]:
+    """Of containers, and of volumes that are images; with whether the kubelet asks a registry each time."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            if key in ("containers", "initContainers", "ephemeralContainers") and isinstance(inner, list):
-                yield from (each["image"] for each in inner if isinstance(each, Mapping) and "image" in each)
-            else:
-                yield from _references(inner)
+            listed = [each for each in inner if isinstance(each, Mapping)] if isinstance(inner, list) else []
+            if key in ("containers", "initContainers", "ephemeralContainers"):
+                yield from (_pulled(each["image"], each.get("imagePullPolicy")) for each in listed if "image" in each)
+                continue
+            for volume in listed if key == "volumes" else ():
+                if isinstance(image := volume.get("image"), Mapping) and "reference" in image:
+                    yield _pulled(image["reference"], image.get("pullPolicy"))
+            yield from _references(inner)
     elif isinstance(value, list):
         for inner in value:
             yield from _references(inner)
+
+
+def _pulled(reference: object, policy: object) -> tuple[str, bool]:
+    """What the API server makes of no policy: Always for the tag latest, also where no tag is said."""
+    latest = reference_name(str(reference)).endswith(":latest")
+    return str(reference), policy == "Always" or (policy is None and latest)
 
 
 def reference_name(reference: str) -> str:

@@ -47,6 +47,7 @@ _DEBIAN = re.compile(
 )
 _SECURITY = re.compile(r"\w+(-security|/updates)")
 _DISTRUST = re.compile(r"GPG error|NO_PUBKEY|BADSIG|not signed|signature|NODATA", re.IGNORECASE)
+_ABSENT = re.compile(r"\b404\b|File not found")
 _URI = re.compile(r"^'([^']+)' (\S+) (\d+) SHA256:([0-9a-f]{64})$", re.MULTILINE)
 _OPTIONS = ("-qq", "--yes", "--no-install-recommends", "--no-upgrade", "-o", "Acquire::ForceHash=SHA256")
 
@@ -199,6 +200,7 @@ def _unpacked(packages: Sequence[Fetched], name: str, desk: Desk) -> Path:
                         remedy="remove it and run doit once more",
                     )
             made.chmod(0o755)
+            os.sync()  # what has the name is taken for whole from now on, also after a power cut
             try:
                 made.rename(folder)
             except OSError:
@@ -270,6 +272,7 @@ class _Archive:
 
     def _extend(self, main: str, updates: str, securities: Sequence[str]) -> None:
         """Adds trixie-updates and trixie-security where they are; all at once first, one by one if that fails."""
+        why = f"{self.main} has none beside it"
         for security in securities[:1]:
             try:
                 self._update([main, updates, self._source(security, SECURITY)])
@@ -290,12 +293,14 @@ class _Archive:
                         where=uri or self.main,
                         remedy="Set `debianMirror:` to a true mirror.",
                     ) from None
+                if uri and not _ABSENT.search(str(error)):
+                    why = f"{uri}: {_first_line(str(error))}"
                 continue
             lines.append(line)
             self._security = _folder(uri) if uri else ""
         self._update(lines)
         if not self._security:
-            self._desk.progress.warn(f"{self.main} has no {SECURITY} beside it: packages come without security updates")
+            self._desk.progress.warn(f"packages come without security updates, no {SECURITY}: {why}")
 
     def resolve(self, names: Sequence[str], scope: Scope) -> list[Deb]:
         """names and what the scope adds to them, by name."""
@@ -524,8 +529,12 @@ def _expanded(uri: str) -> list[str]:
     if match := re.match(r"mirror(?:\+file)?:(?:file:)?/*(/.*)", uri):
         listed = Path(match[1])
         lines = listed.read_text(errors="replace").splitlines() if listed.is_file() else []
-        return [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
-    return [uri] if re.match(r"(https?|file|copy):", uri) else []
+        return [_as_apt_prints(line.split()[0]) for line in lines if line.strip() and not line.startswith("#")]
+    return [_as_apt_prints(uri)] if re.match(r"(https?|file|copy):", uri) else []
+
+
+def _as_apt_prints(uri: str) -> str:
+    return re.sub(r"^(file|copy):/+", r"\1:/", uri)
 
 
 def _carried_over() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -203,8 +202,11 @@ def machine(bake: Bake, node: Node) -> str:
 
 def _contents(bake: Bake, node: Node) -> list[tuple[str, ...]]:
     """What the payload holds, by component: files and bytes. With thin media it lies beside the artifact."""
+    from recipes import payload
+
     found: dict[tuple[str, str, str], list[int]] = {}
-    for entry in json.loads(bake.payload_record(node.role, node.arch).read_text())["files"]:
+    [files] = payload.read_record(bake.payload(node.role, node.arch), "files")
+    for entry in files:
         key = (entry.get("component") or "configuration", entry.get("version") or "", entry.get("source") or "baked")
         if key[2] == "debian":
             key = ("Debian packages", "", "debian")

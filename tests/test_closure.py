@@ -291,10 +291,39 @@ def test_an_image_for_another_machine_or_without_a_name(
 
 
 def test_an_image_that_a_registry_serves_need_not_be_baked(plane: list[File], holes: Holes) -> None:
-    pod = b"kind: Pod\nspec: {containers: [{image: registry.example/app}]}\n"
+    pod = b"kind: Pod\nspec: {containers: [{image: 'registry.example/app:1'}]}\n"
     objects = [*plane, File("/etc/nodebake/objects/50-extra.yaml", data=pod)]
-    assert "the image registry.example/app is named here" in holes(objects)
+    assert "the image registry.example/app:1 is named here" in holes(objects)
     assert holes(objects, samples.ha(registries=(Registry("registry.example"),))) == ""
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("containers: [{image: app}]", "app would be asked of a registry each time"),
+        ("containers: [{image: 'app:latest'}]", "app:latest would be asked"),
+        ("containers: [{image: 'app:1', imagePullPolicy: Always}]", "app:1 would be asked"),
+        ("volumes: [{name: v, image: {reference: data}}]", "data would be asked"),
+        ("volumes: [{name: v, image: {reference: 'gone:1'}}]", "gone:1 is named here"),
+        ("containers: [{image: 'app:latest', imagePullPolicy: IfNotPresent}]", ""),
+        ("initContainers: [{image: 'app:latest', imagePullPolicy: Never}]", ""),
+        ("containers: [{image: 'app:1'}]", ""),
+        ("volumes: [{name: v, image: {reference: data, pullPolicy: IfNotPresent}}]", ""),
+        ("volumes: [{name: v, configMap: {name: image}}]", ""),
+    ],
+)
+def test_an_image_that_is_there_but_would_be_pulled_all_the_same(
+    plane: list[File], parts: artifacts.Parts, holes: Holes, spec: str, says: str
+) -> None:
+    """The API server's default: Always for the tag latest. No registry would answer."""
+    some = next(file for file in plane if file.path.endswith("/images/pause.tar"))
+    files = [*plane, File("/etc/nodebake/objects/50-extra.yaml", data=f"kind: Pod\nspec: {{{spec}}}\n".encode())]
+    for number, name in enumerate(("app:1", "app:latest", "data:latest")):
+        made = parts.image(f"own-{number}", f"docker.io/library/{name}", "amd64").archive
+        path = some.path.replace("pause", f"own-{number}")
+        files.append(replace(some, path=path, source=made.path, sha256=made.sha256))
+    told = holes(files)
+    assert says in told and (says or not told), told
 
 
 def test_all_holes_are_told_at_once(plane: list[File], holes: Holes) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -198,6 +199,26 @@ def test_the_closure_is_what_the_oldest_machine_lacks(world: World) -> None:
         "debian",
     )
     assert "no trixie-security" in world.told.warnings[0]
+
+
+@needs_apt
+def test_why_no_security_updates_are_taken_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An archive that does not answer today is not the same as one that is not there."""
+    monkeypatch.setattr(Silent, "do_GET", hiccup_of_security(Silent.do_GET))
+    world.obtain("haproxy")
+    assert re.search(r"no trixie-security: http://\S+-security/?: .*503", world.told.warnings[0]), world.told.warnings
+
+
+def hiccup_of_security(real: Callable[[Any], None]) -> Callable[[Any], None]:
+    return lambda request: request.send_error(503) if "security" in request.path else real(request)
+
+
+@needs_apt
+def test_a_mirror_in_a_folder_however_it_is_spelt(world: World, tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir(exist_ok=True)
+    (tmp_path / "etc/sources.list").write_text(f"deb file://{tmp_path}/srv/debian trixie main\n")
+    fetched = packages.obtain(["haproxy"], "amd64", samples.ha(), world.desk())
+    assert [each.name for each in fetched] == CLOSURE
 
 
 @needs_apt

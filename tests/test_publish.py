@@ -36,6 +36,8 @@ CLUSTER = samples.ha()
 def no_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder for config.json that is not the person's."""
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    monkeypatch.delenv("REGISTRY_AUTH_FILE", raising=False)
     (tmp_path / "docker").mkdir()
     return tmp_path / "docker"
 
@@ -179,6 +181,17 @@ def test_credentials_are_a_hosts_own(no_login: Path) -> None:
     log_in(no_login, "r.test:5000")
     assert push.credentials("r.test:5000") == (USER, PASSWORD)
     assert push.credentials("r.test") is None
+
+
+def test_podmans_login_is_known_too(no_login: Path, tmp_path: Path) -> None:
+    """containers-auth.json(5): in the runtime folder, in the same form."""
+    podman = tmp_path / "run/containers"
+    podman.mkdir(parents=True)
+    log_in(no_login, "r.test")
+    (no_login / "config.json").rename(podman / "auth.json")
+    assert push.credentials("r.test") == (USER, PASSWORD)
+    log_in(no_login, "docker.test")
+    assert push.credentials("docker.test") == (USER, PASSWORD)
 
 
 @pytest.mark.parametrize(

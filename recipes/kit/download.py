@@ -101,7 +101,8 @@ class Cache:
 
     @contextlib.contextmanager
     def temporary(self) -> Iterator[Path]:
-        """A new empty file on the cache's own file system, gone at the end unless it was moved."""
+        """A new empty file on the cache's own file system, gone at the end unless it was moved. BakeError as of
+        disk_errors()."""
         folder = self.root / "temp"
         folder.mkdir(parents=True, exist_ok=True)
         if not self._swept:
@@ -111,7 +112,8 @@ class Cache:
         os.close(handle)
         path = Path(name)
         try:
-            yield path
+            with disk_errors(self.root):
+                yield path
         finally:
             path.unlink(missing_ok=True)
 
@@ -492,6 +494,8 @@ def _copy(source: Path, target: Path, algorithm: str, title: str, desk: Desk, li
                 advance(copy.tell())
     except (FileNotFoundError, IsADirectoryError) as missing:
         raise NotServed(f"{title} is not in the mirror", where=str(source)) from missing
+    except PermissionError as refused:
+        raise NotServed(f"{title} cannot be read: {refused.strerror}", where=str(source)) from refused
     return digest.hexdigest()
 
 

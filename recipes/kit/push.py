@@ -28,7 +28,7 @@ from recipes.kit.registry import authorization
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 PIECE = 8 << 20  # bytes sent at once, and at most lost when a connection breaks off
 _LARGEST_ANSWER = 1 << 16  # bytes
-_LOGIN = "docker login, podman login and their like leave what is needed in ~/.docker/config.json ($DOCKER_CONFIG)"
+_LOGIN = "docker login or podman login leaves what is needed (not in a credential helper's store, which is not read)"
 _REMEDIES = {401: _LOGIN, 403: f"let this user push there; {_LOGIN}", 404: "make the repository, or name another"}
 
 
@@ -147,9 +147,15 @@ class Pusher:
 
 
 def credentials(host: str) -> tuple[str, str] | None:
-    """User and password for a registry, as `docker login` and its like leave them (config.json). BakeError: the file
-    cannot be read."""
-    path = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker") / "config.json"
+    """User and password for a registry, as `podman login` (auth.json, containers-auth.json(5)) or `docker login`
+    (config.json) leave them, the first that has some. BakeError: a file cannot be read."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
+    podman = os.environ.get("REGISTRY_AUTH_FILE") or f"{runtime}/containers/auth.json"
+    docker = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker") / "config.json"
+    return _credentials(Path(podman), host) or _credentials(docker, host)
+
+
+def _credentials(path: Path, host: str) -> tuple[str, str] | None:
     try:
         known = bounds.document(path.read_bytes()).get("auths", {})
         entry = known.get(host, known.get(f"https://{host}", {})).get("auth")
