@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -130,9 +131,9 @@ class Bake:
 
     @property
     def artifacts(self) -> list[Path]:
-        """What lies in the folders of what machines get, whoever's it is."""
+        """What lies in the folders of what machines get, whoever's it is; and copies that a killed check left."""
         folders = (self.folder / kind for kind in ("payloads", "nodes", "seeds", "bases", "disks", "certs"))
-        beside = (self.admin_conf, self.known_hosts, self.trust)
+        beside = (self.admin_conf, self.known_hosts, self.trust, *self.folder.glob(".verify-*"))
         found = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir())]
         return [*found, *(path for path in beside if path.exists())]
 
@@ -181,6 +182,25 @@ class Bake:
         return number
 
     @cached_property
+    def founders(self) -> frozenset[str]:
+        """The etcd members that begin the cluster: those of its first bake that are left. Any other joins it."""
+        present = [node.name for node in self.cluster.etcd_members]
+        kept = Choices(self._members)
+        first = kept.get("etcd", "first")
+        if first is None or not set(first) & set(present):
+            first = present
+            if self.minting:
+                kept.remember("etcd", "first", first)
+        return frozenset(first)
+
+    @property
+    def _members(self) -> Path:
+        return self.where / "members.json"
+
+    def joins(self, node: Node) -> bool:
+        return node.runs_etcd and node.name not in self.founders
+
+    @cached_property
     def _machines(self) -> str:
         """What control planes know of all machines, and of the cluster as a whole."""
         return digest(self._named_alike, self._tokens())
@@ -227,8 +247,15 @@ class Bake:
         desk = (left for path in alone for left in path.parent.glob(f".{path.name}.*"))
         for left in [*self._hidden(), *desk]:
             left.unlink()
+        for left in self.folder.glob(".verify-*"):
+            shutil.rmtree(left)
         for warning in self.cluster.warnings:
             self.desk.progress.warn(warning)
+        if joining := [node.name for node in self.cluster.nodes if self.joins(node)]:
+            self.desk.progress.warn(
+                f"etcd on {some(joining)} came after the first bake: it joins the cluster that runs, by etcdctl member "
+                f'add (README, "etcd members that come and go"). A cluster that never ran: rm {self._members}'
+            )
         late = [node.name for node in self.cluster.nodes if self.secrets.life(node.name).install_by <= self.now]
         if late:
             dated = isinstance(self.cluster.install_by, datetime)
@@ -316,10 +343,18 @@ class Bake:
         from recipes import node as node_recipe
 
         if node.role != "control-plane":
-            return node_recipe.identity(self.shared, node, self.secrets, sums=sums, fetch=fetch)
+            joins = self.joins(node)
+            return node_recipe.identity(self.shared, node, self.secrets, sums=sums, fetch=fetch, joins=joins)
         image = {image.name: image.reference for image in records.read_images(self.record("images", node.arch))}
         return node_recipe.identity(
-            self.cluster.unwired, node, self.secrets, sums=sums, fetch=fetch, image=image, generation=self.generation
+            self.cluster.unwired,
+            node,
+            self.secrets,
+            sums=sums,
+            fetch=fetch,
+            joins=self.joins(node),
+            image=image,
+            generation=self.generation,
         )
 
     def inputs_of_node(self, node: Node) -> str:
@@ -329,7 +364,7 @@ class Bake:
         minted = (self.secrets.cluster_id, self.secrets.life(node.name), token.id if token else None)
         crowd = sizing.crowd(len(self.cluster.fetching)) if node.media == "thin" else 0
         passwords = self._passwords() if node.runs_kubelet else ()
-        return digest(self.code, known, node, self.mtime, minted, passwords, crowd)
+        return digest(self.code, known, node, self.mtime, minted, passwords, crowd, self.joins(node))
 
     @cached_property
     def _known_to_all(self) -> str:
@@ -422,6 +457,9 @@ class Bake:
         from recipes import disk
 
         [base] = records.read_fetched(self.record("bases", node.arch))
+        if sha256_of(base.path) != base.sha256:
+            remedy = f"remove it, and bake again: doit base:{node.arch}"
+            raise BakeError("this disk is not as it was made", where=base.path, remedy=remedy)
         ours = self.cluster.base_image(node.arch) is None
         owner = f"{self.secrets.cluster_id}/{node.name}"
         return disk.layout(base.path, seed or self.seed(node), node.arch, owner, renew=ours)

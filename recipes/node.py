@@ -25,15 +25,16 @@ def identity(
     *,
     sums: str,
     fetch: Fetch | None = None,
+    joins: bool = False,
     image: Mapping[str, str] = MappingProxyType({}),
     generation: int = 0,
 ) -> list[File]:
     """Everything that this machine alone has, its signed manifest included, sorted by path. Pure but for the operator's
     registry passwords, which are read from their files.
 
-    sums: of the payload that it belongs to (payload.Baked); fetch: how it gets that from a server. For control planes,
-    which bring the cluster's objects: image, name -> reference in the payload, and generation, which counts the
-    versions of what they bring.
+    sums: of the payload that it belongs to (payload.Baked); fetch: how it gets that from a server; joins: its etcd is a
+    member that came to the cluster later. For control planes, which bring the cluster's objects: image, name ->
+    reference in the payload, and generation, which counts the versions of what they bring.
     """
     life = secrets.life(node.name)
     found = [
@@ -44,6 +45,7 @@ def identity(
             minted=_iso(life.minted),
             install_by=_iso(life.install_by),
             fetch=fetch,
+            joins=joins,
         ),
         File(manifest.SIGNING_KEY, data=secrets.signing.public_pem),
         bom.identity(f"{cluster.name}/{node.name}", payload.title(cluster, node.role, node.arch), sums, life.minted),

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from recipes.bake import Bake
 from recipes.kit import archive, bounds, gpt, inventory, iso, store
+from recipes.kit.atomic import disk_errors
 from recipes.kit.bounds import Damaged
 from recipes.kit.errors import BakeError
 from recipes.kit.gpt import SECTOR
@@ -37,16 +38,18 @@ class Verifier:
         try:
             with path.open("rb") as file:
                 gzipped = file.read(2) == b"\x1f\x8b"
-            if gzipped and _begins(path, 512, b"EFI PART"):
-                return self._disk(path)
-            if gzipped:
-                return _told(self._tarball(path, path))
-            if iso.is_volume(path):
-                return self._volume(path, path)
+            volume = not gzipped and iso.is_volume(path)
         except OSError as error:
             raise BakeError(
                 f"it cannot be read: {error.strerror}", where=path, remedy="name a file that is there"
             ) from error
+        with disk_errors(self._bake.folder):  # copies go there
+            if gzipped and _begins(path, 512, b"EFI PART"):
+                return self._disk(path)
+            if gzipped:
+                return _told(self._tarball(path, path))
+            if volume:
+                return self._volume(path, path)
         raise BakeError(
             "this is no artifact",
             where=path,
@@ -125,6 +128,9 @@ class Verifier:
             os.truncate(whole, min(iso.size(whole), part.length * SECTOR))
             told = self._volume(whole, path)
             node = inventory.find(self._bake.cluster, told.partition(" ")[0])
+            if not self._bake.record("bases", node.arch).exists():
+                what = "the Debian that it began with is not here, to compare it with"
+                raise BakeError(what, where=path, remedy=f"bake it: doit base:{node.arch}")
             made = folder / "made.raw.gz"
             disk.write(self._bake.disk_layout(node, whole), made)
             _alike(path, made, path, "the Debian on it, or how it is divided,")

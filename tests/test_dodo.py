@@ -594,6 +594,30 @@ def test_links_and_execute_bits_of_an_overlay_are_inputs_too(editing: Desk) -> N
     assert "etc/nodebake/zones -> /run/nothing-at-the-desk" in listed
 
 
+def test_etcd_members_that_came_later_join_and_begin_nothing(editing: Desk) -> None:
+    """Two of three are a majority: they must not elect a leader over an empty store."""
+    later = "".join(
+        f"  - {{name: control-{n}, role: control-plane, address: 192.168.10.1{n}, mac: ca:fe:00:00:00:0{n}}}\n"
+        for n in (2, 3)
+    )
+    editing.file.write_text(SMALL + later)
+    told = editing.doit("node")
+    assert "etcd on control-2, control-3 came after the first bake" in told
+    states = {
+        name: taken(editing.build / f"nodes/{name}.tar.gz", "etc/nodebake/node.env")
+        for name in ("control-1", "control-2")
+    }
+    assert b"MEMBER_STATE='new'" in states["control-1"] and b"MEMBER_STATE='existing'" in states["control-2"]
+    assert b"INITIAL_CLUSTER='control-1=https://192.168.10.11:2380,control-2=" in states["control-2"]
+    found = re.search(r"never ran: rm (\S+)", told)
+    assert found
+    Path(found[1]).unlink()
+    assert "came after" not in editing.doit("node")
+    assert b"MEMBER_STATE='new'" in taken(editing.build / "nodes/control-2.tar.gz", "etc/nodebake/node.env")
+    for name in machine("control-2") | machine("control-3"):
+        (editing.build / name).unlink()
+
+
 def test_another_host_key_is_told_to_ssh(editing: Desk) -> None:
     editing.file.write_text(f"{SMALL}sshHostKeys: baked\n")
     editing.doit("desk")

@@ -155,6 +155,10 @@ case "$CONTAINERD_NAMESPACE $1 $2" in
         if [ "$digest" = "$sha256" ]; then echo complete >"@/store/$(echo "$reference" | tr / =)"; fi
     done <@/etc/nodebake/images
     ;;
+"k8s.io images label")
+    [ "$4" = "io.cri-containerd.pinned=" ] || exit 9
+    rm "@/store/$(echo "$3" | tr / =)" # the question above does not tell of it any more
+    ;;
 *) exit 9 ;;
 esac
 """
@@ -261,6 +265,27 @@ def test_references_may_share_an_archive(pretended: Pretended, parts: Parts) -> 
     assert pretended.imported() == ["coredns.tar", "pause.tar"]
     pretended.file("another.example/name:2").unlink()
     pretended.run()
+    assert pretended.imported() == ["coredns.tar"]
+
+
+@pytest.mark.parametrize("present", [True, False], ids=["there", "removed by hand"])
+def test_what_only_an_earlier_payload_brought_is_pinned_no_more(
+    pretended: Pretended, parts: Parts, present: bool
+) -> None:
+    """Whether or not this one brings something new."""
+    pretended.run()
+    coredns = parts.images.pop()
+    pretended.bring(parts)
+    if not present:
+        pretended.file(coredns.reference).unlink()
+    code, said = pretended.run()
+    assert code == 0 and f"{coredns.reference} is of an earlier payload" in said
+    assert not pretended.file(coredns.reference).exists() and pretended.file("nodebake.local/pause:1").exists()
+    assert pretended.run() == (0, "")
+    pretended.imported()
+    parts.images.append(coredns)  # the way back
+    pretended.bring(parts)
+    assert pretended.run()[0] == 0
     assert pretended.imported() == ["coredns.tar"]
 
 
@@ -419,6 +444,16 @@ def test_containerd_gets_back_what_it_lost(real: Machine, harm: Callable[[Machin
         status = ask(real, "ctr", "images", "check", f"name=={REFERENCE}")
         assert "complete (2/2)" in status and "true" in status
         assert real.run(**environment(real)) == (0, "")
+
+
+def test_containerd_lets_go_of_what_an_earlier_payload_brought(real: Machine, parts: Parts) -> None:
+    assert real.run(**environment(real))[0] == 0
+    parts.images.pop()
+    real.bring(parts)
+    assert real.run(**environment(real))[0] == 0
+    with soon() as wait:
+        wait(lambda: cri(real) == {"nodebake.local/pause:1": True, REFERENCE: False})
+    assert real.run(**environment(real)) == (0, "")
 
 
 def test_containerd_files_the_operators_images_as_the_list_says(real: Machine, parts: Parts) -> None:

@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -98,6 +98,11 @@ def renewal(folder: Path, parts: artifacts.Parts, cluster: Cluster, node: Node) 
     return tarball
 
 
+def with_another_name(cluster: Cluster, node: Node) -> Cluster:
+    others = (each for each in cluster.nodes if each != node)
+    return replace(cluster, nodes=(*others, node._replace(name="worker-9")))
+
+
 @pytest.fixture(scope="module")
 def tarballs(tmp_path_factory: pytest.TempPathFactory, parts: artifacts.Parts) -> dict[str, Path]:
     """Of worker-1 and control-1: what the sample cluster gives; and what was baked at other times or for others."""
@@ -110,6 +115,7 @@ def tarballs(tmp_path_factory: pytest.TempPathFactory, parts: artifacts.Parts) -
         "renewal": renewal(folder / "now", parts, cluster, worker),
         "tomorrow": bake(folder / "tomorrow", parts, cluster, worker, NOW + timedelta(days=1)),
         "last year": bake(folder / "past", parts, cluster, worker, NOW - timedelta(days=365)),
+        "renamed": bake(folder / "now", parts, with_another_name(cluster, worker), worker._replace(name="worker-9")),
         "with a serial": bake(folder / "serial", parts, cluster, worker._replace(serial="CZ1900AA01")),
         "arm64": bake(
             folder / "arm64",
@@ -446,6 +452,19 @@ def unfit_packages(machine: Machine) -> None:
     kept = [each for each in status.read_text().split("\n\n") if not each.startswith("Package: haproxy\n")]
     status.write_text("\n\n".join(kept))
     unfit_package(machine)
+
+
+def test_a_node_keeps_its_name(installed: Machine, tarballs: dict[str, Path]) -> None:
+    """Once it has joined; the kubelet's certificate would stay the old name's."""
+    shutil.copy(tarballs["renamed"], installed.path("/medium/node.tar.gz"))
+    installed.write("/var/lib/kubelet/pki/kubelet-client-current.pem", "")
+    before = installed.files()
+    done = installed.first_boot()
+    assert done.returncode == 96 and "this machine is the node worker-1" in done.stderr, done.stdout + done.stderr
+    assert installed.files() == before
+    installed.path("/var/lib/kubelet/pki/kubelet-client-current.pem").unlink()
+    until_it_waits(installed)
+    assert "NODE_NAME='worker-9'" in installed.path("/etc/nodebake/node.env").read_text()
 
 
 @pytest.mark.parametrize(("code", "change"), [(66, no_artifact), (65, damaged_artifact), (93, unfit_packages)])

@@ -286,8 +286,9 @@ def test_probes_grow_with_the_workers_in_steps() -> None:
 
 def test_members_and_servers() -> None:
     ha, apart = samples.ha(), samples.external_etcd()
-    etcd = flags(units(ha, ha.control_planes[1])["etcd.service"])
-    assert etcd["--initial-cluster"] == ",".join(f"control-{i}=https://192.168.10.1{i}:2380" for i in (1, 2, 3))
+    members = ",".join(f"control-{i}=https://192.168.10.1{i}:2380" for i in (1, 2, 3))
+    assert flags(units(ha, ha.control_planes[1])["etcd.service"])["--initial-cluster"] == "${INITIAL_CLUSTER}"
+    assert f"INITIAL_CLUSTER='{members}'\n" in texts(ha, ha.control_planes[1])["/etc/nodebake/node.env"]
     assert (
         "APISERVER_ETCD_SERVERS='https://127.0.0.1:2379,https://192.168.10.11:2379,https://192.168.10.13:2379'"
         in (texts(ha, ha.control_planes[1])["/etc/nodebake/node.env"])

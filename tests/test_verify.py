@@ -332,6 +332,13 @@ def test_a_disk_image_is_checked_whole(world: World, tmp_path: Path) -> None:
         changed = tmp_path / "changed.raw.gz"
         changed.write_bytes(gzip.compress(raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :], 1))
         assert world.refused(changed), place
+    with base.open("r+b") as file:  # what it is compared with
+        file.truncate(base.stat().st_size - 512)
+    with pytest.raises(BakeError, match=r"base\.raw: this disk is not as it was made"):
+        world.verify(image)
+    world.bake.record("bases", "amd64").unlink()
+    with pytest.raises(BakeError, match=r"(?s)is not here, to compare it with.*doit base:amd64"):
+        world.verify(image)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

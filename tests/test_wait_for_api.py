@@ -9,10 +9,15 @@ import random
 import ssl
 import sys
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from recipes.kit import overlay
 
@@ -105,8 +110,24 @@ def test_the_own_api_server_is_asked_often(waits: ModuleType, monkeypatch: pytes
 
 
 def test_who_has_joined_waits_for_nothing(waits: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    waits.JOINED.write_text("here")
+    waits.JOINED.write_bytes(certificate(timedelta(hours=1)))
     assert ask(waits, monkeypatch, Server(), "token") == []
+
+
+def test_a_certificate_that_ended_while_the_machine_was_off_is_none(
+    waits: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits.JOINED.write_bytes(certificate(timedelta(hours=-1)))
+    bootstrap(waits, "https://192.168.10.9:6443")
+    assert len(ask(waits, monkeypatch, Server(401, 200), "token")) == 1
+
+
+def certificate(left: timedelta) -> bytes:
+    """With its key, as the kubelet keeps them."""
+    key, name, now = ec.generate_private_key(ec.SECP256R1()), x509.Name([]), datetime.now(UTC)
+    made = x509.CertificateBuilder(name, name, key.public_key(), 1, now - timedelta(days=1), now + left)
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    return made.sign(key, SHA256()).public_bytes(Encoding.PEM) + pem
 
 
 def test_a_token_that_is_not_known_is_tried_ever_more_seldom(

@@ -12,6 +12,7 @@ import difflib
 import gc
 import inspect
 import os
+import shutil
 import signal
 import sqlite3
 import sys
@@ -226,7 +227,7 @@ class Clean(DoitClean):  # type: ignore[misc]
             for path in self.loader.namespace["leftovers"]() if not args else ():
                 self.outstream.write(f"no task's any more - removing file '{path}'\n")
                 if not params["dryrun"]:
-                    path.unlink()
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
             return result
 
 
@@ -413,7 +414,7 @@ class Decrypt(_Alone):
     doc_usage = ""
 
 
-class Verify(_Own):
+class Verify(_Alone):
     """`doit verify FILE ...`: whether artifacts are as they were baked, for this cluster."""
 
     doc_purpose = "check artifacts: every byte, and that they are this cluster's"

@@ -1,7 +1,7 @@
 """Overlays: trees of files whose paths are the paths on the machine; `.j2` files are templates (overlays/README.md).
 
 Payload templates see cluster, sizing, role, arch and image; identity templates (the tree `node`) see cluster, node,
-minted, install_by and fetch. An unknown name is an error, never an empty string.
+minted, install_by, fetch and joins. An unknown name is an error, never an empty string.
 """
 
 from __future__ import annotations
@@ -84,12 +84,20 @@ def payload(cluster: Cluster, role: Role, arch: str, image: Mapping[str, str], r
 
 
 def identity(
-    cluster: Cluster, node: Node, *, minted: str, install_by: str, fetch: Fetch | None = None, root: Path = OVERLAYS
+    cluster: Cluster,
+    node: Node,
+    *,
+    minted: str,
+    install_by: str,
+    fetch: Fetch | None = None,
+    joins: bool = False,
+    root: Path = OVERLAYS,
 ) -> list[File]:
-    """The services' part of a machine's identity. minted and install_by are ISO 8601, UTC."""
+    """The services' part of a machine's identity. minted and install_by are ISO 8601, UTC; joins: its etcd is a member
+    that came to the cluster later."""
     return render(
         root / IDENTITY,
-        {"cluster": cluster, "node": node, "minted": minted, "install_by": install_by, "fetch": fetch},
+        {"cluster": cluster, "node": node, "minted": minted, "install_by": install_by, "fetch": fetch, "joins": joins},
     )
 
 

@@ -140,3 +140,13 @@ def holder(lab: Lab, lease: str) -> str:
 
 def wait_moved(lab: Lab, lease: str, leader: str) -> None:
     lab.wait(lambda: holder(lab, lease) not in ("", leader), 60, f"the lease {lease} moves")
+
+
+def members(machine: Machine) -> list[list[str]]:
+    """Identity, state and name of each."""
+    return [line.split(", ")[:3] for line in etcdctl(machine, "member list").splitlines()]
+
+
+def etcdctl(machine: Machine, words: str) -> str:
+    """As root's own shell has it, which knows where etcd is and by what key."""
+    return machine.run("bash", "-l", "-c", f"etcdctl {words}").stdout

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,10 @@ from recipes import payload
 from recipes.kit import inventory
 from tests.conftest import Project, copy_project
 from tests.lab import checks, workload
-from tests.lab.checks import get, items
+from tests.lab.checks import get, items, wait_ready
 from tests.lab.lab import Lab
 from tests.lab.machine import Machine
-from tests.lab.scenario import BOOT, CLUSTERS, power_on, settled, snapshot
+from tests.lab.scenario import BOOT, CLUSTERS, etcdctl, members, power_on, settled, snapshot, tell
 
 CLUSTER = "roles"
 STEPS = ["medium", "verify", "machine", "place", "users", "packages", "units", "health", "clean", "report"]
@@ -240,3 +243,39 @@ def test_nodes_follow_the_api_to_another_address(project: Project) -> None:
         assert f"server: https://{moved}:6443" in worker.run("cat /var/lib/kubelet/kubeconfig").stdout
         assert worker.run("readlink /var/lib/kubelet/pki/kubelet-client-current.pem").stdout == certificate
         checks.everything_works(lab)
+
+
+def is_told_of(machine: Machine, word: str) -> bool:
+    return word in machine.run("nodebake status", check=False).stdout
+
+
+@pytest.mark.matrix
+def test_one_control_plane_becomes_three(project: Project) -> None:
+    """Two that came later are a majority, and could begin a cluster of their own with an empty store."""
+    file, build = project.clusters / "single.yaml", project.root / "build/single"
+    project.doit(f"cluster={file}")
+    later = 'role: control-plane, address: 192.168.10.1{0}, mac: "52:54:00:00:10:0{0}"'
+    file.write_text(file.read_text() + "".join(f"  - {{name: control-{n}, {later.format(n)}}}\n" for n in (2, 3)))
+    with Lab(build, inventory.load(file, now=datetime.now(UTC))) as lab:
+        first = lab.machine("only")
+        wait_ready(lab, BOOT, {"only"}, power_on(lab, "only"))
+        checks.wait_machine_installed(first, BOOT)
+        lab.kubectl("create", "configmap", "before")
+        project.doit(f"cluster={file}")
+        first.run("nodebake", "apply", bring(first, build / "nodes/only.tar.gz"), timeout=BOOT)
+        for name in ("control-2", "control-3"):
+            clock, machine = power_on(lab, name), lab.machine(name)
+            machine.wait(partial(is_told_of, machine, "etcd"), BOOT, "etcd is waited for")
+            time.sleep(10)
+            assert len(members(first)) == len(lab.machines) - 1, "it has begun nothing by itself"
+            added = etcdctl(first, f"member add {name} --peer-urls=https://{machine.node.address}:2380")
+            known = re.search(r'^ETCD_INITIAL_CLUSTER="(.*)"$', added, re.MULTILINE)
+            assert known, added
+            machine.run("tee", "/etc/nodebake/member.env", stdin=f"INITIAL_CLUSTER={known[1]}\n")
+            wait_ready(lab, BOOT, {name}, clock)
+            checks.wait_machine_installed(machine, BOOT)
+            tell(clock)
+        for machine in lab.machines.values():
+            etcdctl(machine, "endpoint health --cluster")
+            assert "default/before" in etcdctl(machine, "get --keys-only --prefix /registry/configmaps/default/before")
+        assert {(state, name) for _, state, name in members(first)} == {("started", name) for name in lab.machines}

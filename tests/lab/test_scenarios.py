@@ -20,7 +20,9 @@ from tests.lab.machine import Machine, wait
 from tests.lab.scenario import (
     BOOT,
     Baker,
+    etcdctl,
     holder,
+    members,
     power_on,
     say,
     settled,
@@ -468,16 +470,6 @@ def test_a_control_plane_that_lost_its_disk_comes_back(ha: Lab) -> None:
     expected = {("started", node.name) for node in ha.cluster.etcd_members}
     assert {(state, name) for _, state, name in members(other)} == expected
     etcdctl(machine, "endpoint health --cluster")
-
-
-def members(machine: Machine) -> list[list[str]]:
-    """Identity, state and name of each."""
-    return [line.split(", ")[:3] for line in etcdctl(machine, "member list").splitlines()]
-
-
-def etcdctl(machine: Machine, words: str) -> str:
-    """As root's own shell has it, which knows where etcd is and by what key."""
-    return machine.run("bash", "-l", "-c", f"etcdctl {words}").stdout
 
 
 @pytest.mark.matrix
