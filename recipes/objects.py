@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from recipes.kit import emit
+from recipes.kit import emit, sizing
 from recipes.kit.errors import BakeError, BakeErrors, Place
 from recipes.kit.model import Cluster
 from recipes.kit.overlay import word
@@ -349,6 +349,7 @@ def _coredns(cluster: Cluster, image: str) -> list[Object]:
     name, namespace = "coredns", "kube-system"
     selector = {"k8s-app": "kube-dns"}
     several = len(cluster.kubelets) > 1
+    pods = len(cluster.kubelets) * cluster.max_pods
     objects = [
         _object("v1", "ServiceAccount", name, namespace=namespace, labels=selector),
         _object(
@@ -375,11 +376,11 @@ def _coredns(cluster: Cluster, image: str) -> list[Object]:
             namespace=namespace,
             labels=selector,
             spec={
-                "replicas": 2 if several else 1,
+                "replicas": sizing.dns_replicas(len(cluster.kubelets)),
                 "revisionHistoryLimit": 3,
                 "selector": {"matchLabels": selector},
                 "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 1}},
-                "template": {"metadata": {"labels": selector}, "spec": _coredns_pod(image, selector)},
+                "template": {"metadata": {"labels": selector}, "spec": _coredns_pod(image, selector, pods)},
             },
         ),
         _object(
@@ -413,7 +414,7 @@ def _coredns(cluster: Cluster, image: str) -> list[Object]:
     return objects
 
 
-def _coredns_pod(image: str, selector: Mapping[str, str]) -> Object:
+def _coredns_pod(image: str, selector: Mapping[str, str], pods: int) -> Object:
     def probe(path: str, port: str, **fields: int) -> Object:
         return {"httpGet": {"path": path, "port": port, "scheme": "HTTP"}, **fields}
 
@@ -469,7 +470,10 @@ def _coredns_pod(image: str, selector: Mapping[str, str]) -> Object:
                     failureThreshold=5,
                 ),
                 "readinessProbe": probe("/ready", "readiness", timeoutSeconds=2, periodSeconds=5, failureThreshold=3),
-                "resources": {"requests": {"cpu": "100m", "memory": "70Mi"}, "limits": {"memory": "170Mi"}},
+                "resources": {
+                    "requests": {"cpu": "100m", "memory": f"{sizing.dns_estimate(pods)}Mi"},
+                    "limits": {"memory": f"{sizing.dns_memory(pods)}Mi"},
+                },
                 "securityContext": {
                     "allowPrivilegeEscalation": False,
                     "readOnlyRootFilesystem": True,

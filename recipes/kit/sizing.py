@@ -88,6 +88,24 @@ def pod_prefix(nodes: int, mask: int) -> int:
     return mask - (nodes - 1).bit_length()
 
 
+# ---- CoreDNS: an object and no part of a payload, so it follows the nodes themselves
+
+
+def dns_replicas(nodes: int) -> int:
+    """One for 16 nodes (kube-up, addons/dns-horizontal-autoscaler), two at least where there are two nodes."""
+    return max(min(nodes, 2), ceil(nodes / 16))
+
+
+def dns_memory(pods: int) -> int:
+    """MiB that each replica is given at the most: its estimate (coredns/deployment, Scaling_CoreDNS.md) and a third."""
+    return max(170, ceil(dns_estimate(pods) * 4 / 3 / 10) * 10)
+
+
+def dns_estimate(pods: int) -> int:
+    """MiB, for so many Pods and Services, the answers that it keeps included."""
+    return max(70, ceil(pods / 1000 + 54))
+
+
 # ---- payloads, which machines with thin media fetch from one server
 
 
@@ -208,6 +226,13 @@ def table() -> str:
             "flannel: what each flanneld reads at its start",
             (_mb(size.workers * NODE_OBJECT) for size in sizes),
             "calculated: all Nodes, of as much",
+        ),
+        _row(
+            "CoreDNS: replicas; memory of each, at the most",
+            (f"{dns_replicas(size.workers)}; {dns_memory(size.workers * 100)} MiB" for size in sizes),
+            "one for 16 nodes (kube-up, addons/dns-horizontal-autoscaler), two at least; 54 MB and 1 MB for 1,000 Pods"
+            " and Services (coredns/deployment, Scaling_CoreDNS.md), here 100 on each node, and a third. Exactly, not"
+            " in steps",
         ),
         _row(
             "`podSubnet`, at least, with `nodeCIDRMaskSize: 24`",

@@ -49,6 +49,14 @@ def test_an_api_server_takes_more_requests_in_steps(workers: int, reading: int, 
     assert sizing.of(of_size(workers)).requests == reading + writing
 
 
+@pytest.mark.parametrize(
+    ("nodes", "replicas", "memory"),
+    [(1, 1, 170), (2, 2, 170), (32, 2, 170), (33, 3, 170), (1000, 63, 210), (5005, 313, 740)],
+)
+def test_coredns_grows_with_the_nodes(nodes: int, replicas: int, memory: int) -> None:
+    assert (sizing.dns_replicas(nodes), sizing.dns_memory(nodes * 100)) == (replicas, memory)
+
+
 @pytest.mark.parametrize("workers", SCALES)
 def test_what_serves_every_size_arrives(workers: int) -> None:
     cluster = of_size(workers)
