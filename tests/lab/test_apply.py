@@ -231,7 +231,7 @@ def test_nodes_follow_the_api_to_another_address(project: Project) -> None:
     file = project.clusters / f"{CLUSTER}.yaml"
     cluster = inventory.load(file, now=datetime.now(UTC))
     with Lab(project.root / "build" / CLUSTER, cluster) as lab:
-        settled(lab, power_on(lab))
+        settled(lab, power_on(lab, *(node.name for node in cluster.nodes)))
         worker = lab.machine("worker-1")
         certificate = worker.run("readlink /var/lib/kubelet/pki/kubelet-client-current.pem").stdout
         moved = f"{cluster.vip}0"
