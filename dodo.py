@@ -32,11 +32,14 @@ Task = dict[str, Any]
 
 
 def give_back(secrets: Path) -> None:
-    """Under sudo: what root wrote is the person's, as what they bake themselves. Not build/lab: the machines' disks."""
+    """Under sudo: what root wrote in the person's folders is the person's, as what they bake themselves. Not build/lab:
+    the machines' disks."""
     person, group = (int(os.environ.get(name, "0")) for name in ("SUDO_UID", "SUDO_GID"))
     if os.geteuid() != 0 or person == 0:
         return
     for top in (graph.BUILD, secrets):
+        if top.absolute().parent.stat().st_uid != person:
+            continue
         for folder, folders, files in os.walk(top):
             if Path(folder) == graph.BUILD and "lab" in folders:
                 folders.remove("lab")

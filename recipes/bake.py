@@ -183,14 +183,14 @@ class Bake:
 
     @cached_property
     def founders(self) -> frozenset[str]:
-        """The etcd members that begin the cluster: those of its first bake that are left. Any other joins it."""
-        present = [node.name for node in self.cluster.etcd_members]
+        """The etcd members that begin the cluster: those of its first bake that were never away. Any other joins it."""
+        present = sorted(node.name for node in self.cluster.etcd_members)
         kept = Choices(self._members)
-        first = kept.get("etcd", "first")
-        if first is None or not set(first) & set(present):
-            first = present
-            if self.minting:
-                kept.remember("etcd", "first", first)
+        first, seen = kept.get("etcd", "first") or [], kept.get("etcd", "seen") or []
+        first = [name for name in first if name in present] if set(seen) & set(present) else present
+        if self.minting:
+            kept.remember("etcd", "first", first)
+            kept.remember("etcd", "seen", sorted({*seen, *present}))
         return frozenset(first)
 
     @property
@@ -254,7 +254,8 @@ class Bake:
         if joining := [node.name for node in self.cluster.nodes if self.joins(node)]:
             self.desk.progress.warn(
                 f"etcd on {some(joining)} came after the first bake: it joins the cluster that runs, by etcdctl member "
-                f'add (README, "etcd members that come and go"). A cluster that never ran: rm {self._members}'
+                'add (README, "etcd members that come and go"). '
+                f"Once it has, or for a cluster on empty disks: rm {self._members}"
             )
         late = [node.name for node in self.cluster.nodes if self.secrets.life(node.name).install_by <= self.now]
         if late:
@@ -458,8 +459,9 @@ class Bake:
 
         [base] = records.read_fetched(self.record("bases", node.arch))
         if sha256_of(base.path) != base.sha256:
-            remedy = f"remove it, and bake again: doit base:{node.arch}"
-            raise BakeError("this disk is not as it was made", where=base.path, remedy=remedy)
+            own = self.cluster.base_image(node.arch)
+            remedy = f"{'' if own and not _is_url(own) else 'remove it, and '}bake again: doit base:{node.arch}"
+            raise BakeError("this disk is not as it was when it was taken", where=base.path, remedy=remedy)
         ours = self.cluster.base_image(node.arch) is None
         owner = f"{self.secrets.cluster_id}/{node.name}"
         return disk.layout(base.path, seed or self.seed(node), node.arch, owner, renew=ours)

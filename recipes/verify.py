@@ -43,13 +43,17 @@ class Verifier:
             raise BakeError(
                 f"it cannot be read: {error.strerror}", where=path, remedy="name a file that is there"
             ) from error
-        with disk_errors(self._bake.folder):  # copies go there
-            if gzipped and _begins(path, 512, b"EFI PART"):
-                return self._disk(path)
-            if gzipped:
-                return _told(self._tarball(path, path))
-            if volume:
-                return self._volume(path, path)
+        try:
+            with disk_errors(self._bake.folder):  # copies go there
+                if gzipped and _begins(path, 512, b"EFI PART"):
+                    return self._disk(path)
+                if gzipped:
+                    return _told(self._tarball(path, path))
+                if volume:
+                    return self._volume(path, path)
+        except OSError as error:
+            remedy = "see that the medium is whole, and what it is compared with is in build/"
+            raise BakeError(f"it cannot be checked: {error}", where=path, remedy=remedy) from error
         raise BakeError(
             "this is no artifact",
             where=path,

@@ -157,7 +157,14 @@ case "$CONTAINERD_NAMESPACE $1 $2" in
     ;;
 "k8s.io images label")
     [ "$4" = "io.cri-containerd.pinned=" ] || exit 9
+    [ ! -e @/silent ] || exit 1
     rm "@/store/$(echo "$3" | tr / =)" # the question above does not tell of it any more
+    ;;
+"k8s.io images ls")
+    [ ! -e @/silent ] || exit 1
+    name=${4#name==\"}
+    name=${name%\"}
+    [ ! -e "@/store/$(echo "$name" | tr / =)" ] || echo "$name"
     ;;
 *) exit 9 ;;
 esac
@@ -287,6 +294,20 @@ def test_what_only_an_earlier_payload_brought_is_pinned_no_more(
     pretended.bring(parts)
     assert pretended.run()[0] == 0
     assert pretended.imported() == ["coredns.tar"]
+
+
+def test_what_could_not_be_unpinned_is_tried_again(pretended: Pretended, parts: Parts) -> None:
+    """As where containerd is being restarted."""
+    pretended.run()
+    coredns = parts.images.pop()
+    pretended.bring(parts)
+    (pretended.root / "silent").touch()
+    for _ in range(2):
+        assert "is of an earlier payload" in pretended.run()[1]
+    (pretended.root / "silent").unlink()
+    assert pretended.run()[0] == 0
+    assert not pretended.file(coredns.reference).exists()
+    assert pretended.run() == (0, "")
 
 
 def test_one_run_at_a_time(pretended: Pretended) -> None:

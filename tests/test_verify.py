@@ -334,7 +334,7 @@ def test_a_disk_image_is_checked_whole(world: World, tmp_path: Path) -> None:
         assert world.refused(changed), place
     with base.open("r+b") as file:  # what it is compared with
         file.truncate(base.stat().st_size - 512)
-    with pytest.raises(BakeError, match=r"base\.raw: this disk is not as it was made"):
+    with pytest.raises(BakeError, match=r"base\.raw: this disk is not as it was when it was taken"):
         world.verify(image)
     world.bake.record("bases", "amd64").unlink()
     with pytest.raises(BakeError, match=r"(?s)is not here, to compare it with.*doit base:amd64"):

@@ -222,9 +222,11 @@ class Clean(DoitClean):  # type: ignore[misc]
     def execute(self, params: Any, args: list[str]) -> Any:
         if not args:  # whatever was baked, also what a plain `doit` does not bake
             params["cleanall"] = True
-        with locked(BUILD / ".lock", waiting=_waiting):
+        with _told(), locked(BUILD / ".lock", waiting=_waiting):
             result = super().execute(params, args)
-            for path in self.loader.namespace["leftovers"]() if not args else ():
+            targets = {target for task in self.task_list for target in task.targets}
+            left = [path for path in self.loader.namespace["leftovers"]() if str(path) not in targets]
+            for path in left if not args else ():
                 self.outstream.write(f"no task's any more - removing file '{path}'\n")
                 if not params["dryrun"]:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -389,7 +391,7 @@ class _Alone(_Own):
     """One that nobody may do while a bake goes on."""
 
     def _execute(self, pos_args: list[str]) -> int:
-        with locked(BUILD / ".lock", waiting=_waiting):
+        with _told(), locked(BUILD / ".lock", waiting=_waiting):
             return super()._execute(pos_args)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +25,7 @@ def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[No
         raise BakeError(
             "this is another user's",
             where=path,
-            remedy=f"work as that user, or take it over: sudo chown -R {os.geteuid()} {shlex.quote(str(path.parent))}",
+            remedy="work as its owner; what root left in your folder, `sudo .venv/bin/doit list` gives back",
         ) from error
     try:
         try:

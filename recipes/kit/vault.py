@@ -19,7 +19,9 @@ from recipes.kit.errors import BakeError
 from recipes.kit.locks import locked
 
 ENCRYPTED = "secrets.tar.age"
-_PLAIN = frozenset((ENCRYPTED, "choices.json", "generation.json"))  # and what begins with a dot: never encrypted
+_PLAIN = frozenset(
+    (ENCRYPTED, "choices.json", "generation.json", "members.json")
+)  # and what begins with a dot: never encrypted
 _RECIPIENTS = "age-recipients"  # among the encrypted files: for whom they are encrypted anew, one a line
 UNDER_WAY = ".new"  # what a file's name ends with while it is written
 _ONE = "give age1..., or a file with one a line: age1..., or SSH's public keys (ed25519, RSA)"

@@ -51,7 +51,7 @@ def test_an_api_server_takes_more_requests_in_steps(workers: int, reading: int, 
 
 @pytest.mark.parametrize(
     ("nodes", "replicas", "memory"),
-    [(1, 1, 170), (2, 2, 170), (32, 2, 170), (33, 3, 170), (1000, 63, 210), (5005, 313, 740)],
+    [(1, 1, 170), (2, 2, 170), (32, 2, 170), (33, 3, 170), (1000, 63, 210), (5005, 313, 760)],
 )
 def test_coredns_grows_with_the_nodes(nodes: int, replicas: int, memory: int) -> None:
     assert (sizing.dns_replicas(nodes), sizing.dns_memory(nodes * 100)) == (replicas, memory)

@@ -31,7 +31,7 @@ NOW = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
 CLUSTER = samples.single()
 LARGER = with_new_machines(CLUSTER)
 ROOT = Path(__file__).parents[2]
-OPEN = {".gitignore", "choices.json", "generation.json"}  # what is never encrypted
+OPEN = {".gitignore", "choices.json", "generation.json", "members.json"}  # what is never encrypted
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def directory(tmp_path: Path) -> Path:
     """A store that was minted, with what lies beside the secrets."""
     where = tmp_path / "single.yaml.secrets"
     store.open(where, CLUSTER, now=NOW)
-    for name in ("choices.json", "generation.json"):
+    for name in OPEN - {".gitignore"}:
         (where / name).write_text("{}\n")
         (where / name).chmod(0o600)
     return where
