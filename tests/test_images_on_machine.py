@@ -162,8 +162,7 @@ case "$CONTAINERD_NAMESPACE $1 $2" in
     ;;
 "k8s.io images ls")
     [ ! -e @/silent ] || exit 1
-    name=${4#name==\"}
-    name=${name%\"}
+    name=$(echo "$4" | sed 's/^name=="//; s/"$//')
     [ ! -e "@/store/$(echo "$name" | tr / =)" ] || echo "$name"
     ;;
 *) exit 9 ;;
