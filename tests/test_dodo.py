@@ -871,7 +871,7 @@ def test_other_code_rebuilds_but_a_worker_keeps_its_bytes(small: Desk) -> None:
     """Here it is code that only the control planes' objects come from. The last test, for it leaves much to rebake."""
     before, stamps = small.digests(), small.stamps()
     recipe = small.project.root / "recipes/objects.py"
-    with edited(recipe, lambda text: text.replace('"memory": "70Mi"', '"memory": "71Mi"')):
+    with edited(recipe, lambda text: text.replace('"cpu": "100m"', '"cpu": "101m"')):
         told = small.doit("node:worker-1")
         assert {"payload:worker-amd64", "node:worker-1"} <= made(told)
         assert machine("worker-1") <= changed(stamps, small.stamps())
