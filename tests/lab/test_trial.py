@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -184,15 +185,23 @@ def test_images_that_are_not_there_are_told_before_anything_is_baked(operator: T
     assert not (operator.folder.parent / "seeds").exists()
 
 
-def test_what_root_wrote_under_sudo_is_the_persons(operator: Trial, tmp_path: Path) -> None:
-    lab = operator.project.root / "build" / "lab"
+def test_what_root_wrote_under_sudo_is_the_persons(operator: Trial) -> None:
+    """And what the person has, root opens for them, and nobody else."""
+    root, stores = operator.project.root, operator.project.clusters / "trial.yaml.secrets"
+    lab = root / "build" / "lab"
     lab.mkdir()
-    operator.doit("lab", f"images={tmp_path}", fails=True, SUDO_UID="4711", SUDO_GID="4712")
-    stores = operator.project.clusters / "trial.yaml.secrets"
-    for path in (operator.folder.parent / ".state.db", operator.project.root / "build", stores, *stores.iterdir()):
-        assert (path.stat().st_uid, path.stat().st_gid) == (4711, 4712), path
+    under_sudo = partial(operator.doit, "desk", SUDO_UID="4711", SUDO_GID="4712")
+    under_sudo()
+    assert (stores / "cluster.json").stat().st_uid == 0, "the folders are not the person's"
+    for path in (root, operator.project.clusters):
+        os.chown(path, 4711, 4712)
+    for _ in range(2):
+        under_sudo()
+        for path in (operator.folder.parent / ".state.db", root / "build", stores, *stores.iterdir()):
+            assert (path.stat().st_uid, path.stat().st_gid) == (4711, 4712), path
     assert lab.stat().st_uid == 0, "machines' disks are root's"
-    for path in [operator.project.root / "build", stores, *stores.iterdir()]:
+    assert "belongs to user 4711" in operator.doit("desk", fails=True)
+    for path in (root, operator.project.clusters, root / "build", stores, *stores.rglob("*")):
         os.chown(path, 0, 0)
 
 
