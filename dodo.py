@@ -383,9 +383,9 @@ def decrypt(words: list[str]) -> None:
 def at_end(selected: list[str]) -> None:
     """What a finished bake ends with: every machine, and every disk image, that was asked for."""
     for kind, told in (("node", report.summary), ("image", report.disks), ("certs", report.renewals)):
-        nodes = [node for node in bake().cluster.nodes if kind in selected or f"{kind}:{node.name}" in selected]
-        if nodes:
-            print(told(bake(), nodes))
+        names = {name for one in selected for part, _, name in [one.partition(":")] if part == kind}
+        if names:
+            print(told(bake(), [node for node in bake().cluster.nodes if kind in selected or node.name in names]))
 
 
 graph.Reporter.at_end = at_end

@@ -251,7 +251,7 @@ class Bake:
             shutil.rmtree(left)
         for warning in self.cluster.warnings:
             self.desk.progress.warn(warning)
-        if joining := [node.name for node in self.cluster.nodes if self.joins(node)]:
+        if joining := [node.name for node in self.cluster.etcd_members if self.joins(node)]:
             self.desk.progress.warn(
                 f"etcd on {some(joining)} came after the first bake: it joins the cluster that runs, by etcdctl member "
                 'add (README, "etcd members that come and go"). '

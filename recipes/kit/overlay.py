@@ -20,6 +20,7 @@ from recipes.kit import sizing
 from recipes.kit.distribution import Fetch
 from recipes.kit.errors import BakeError, Place
 from recipes.kit.model import USERS, Cluster, File, Node, Role
+from recipes.kit.places import LOADER
 
 if TYPE_CHECKING:  # imported where it is used: a bake that renders nothing does not wait for it
     from jinja2 import Environment
@@ -72,7 +73,8 @@ def vip_role(cluster: Cluster) -> Role | None:
 
 def packages(cluster: Cluster, role: Role, root: Path = OVERLAYS) -> tuple[str, ...]:
     """Debian packages that a machine of this role needs (overlays/packages.yaml), sorted, without their closure."""
-    listed: dict[str, list[str]] = yaml.safe_load((root / "packages.yaml").read_text(encoding="utf-8"))
+    text = (root / "packages.yaml").read_text(encoding="utf-8")
+    listed: dict[str, list[str]] = yaml.load(text, Loader=LOADER)  # noqa: S506 - a safe one
     return tuple(sorted({name for layer in layers(cluster, role) for name in listed[layer]}))
 
 
