@@ -44,7 +44,7 @@ class Choices:
         except ValueError:
             pass
         raise BakeError(
-            "this file remembers where the cluster's components came from, and it is damaged",
+            "this file remembers what earlier bakes of the cluster chose, and it is damaged",
             where=self.path,
-            remedy="restore it from a backup, or delete it to choose the sources anew",
+            remedy="restore it from a backup; without it the next bake chooses anew, as a first one",
         )
