@@ -544,9 +544,8 @@ def test_a_machine_joins(plane: Stand) -> None:
 
         plane.ask("renewal", kubelets_request(plane, "worker-1", key()), node="worker-1")
         assert plane.outcome("renewal") == ("Approved", "client certificate of worker-1, as baked")
-        lines = running.said.splitlines()
-    for name, who in (("first", f"bootstrap:{plane.secrets.tokens['worker-1'].id}"), ("renewal", "node:worker-1")):
-        assert f"request {name} of system:{who}: approved: client certificate of worker-1, as baked" in lines
+        for name, who in (("first", f"bootstrap:{plane.secrets.tokens['worker-1'].id}"), ("renewal", "node:worker-1")):
+            running.until(rf"(?m)^request {name} of system:{who}: approved: client certificate of worker-1, as baked$")
 
 
 def test_what_no_kubelet_asks_for_is_refused_with_its_reason(plane: Stand) -> None:
@@ -699,9 +698,13 @@ def test_three_daemons_and_two_keys_for_each_token(plane: Stand) -> None:
             secret = plane.secret(name)
             assert secret is not None
             assert secret["metadata"]["annotations"][approve.FIRST_KEY] == digest(keys[name, winner])
-        said = "".join(running.said for running in daemons)
-        assert len(re.findall(r": (?:approv|refus)ed: ", said)) == len(keys), "each was decided once"
-        assert len(re.findall(r": brought, until", said)) == 5, "and each token brought once"
+
+        def told(pattern: str) -> int:
+            return sum(len(re.findall(pattern, running.said)) for running in daemons)
+
+        eventually(lambda: told(r": (?:approv|refus)ed: ") >= len(keys), "each decision is told")
+        assert told(r": (?:approv|refus)ed: ") == len(keys), "each was decided once"
+        assert told(r": brought, until") == 5, "and each token brought once"
 
 
 def test_an_older_artifact_applies_nothing_and_judges_by_the_newer_inventory(plane: Stand) -> None:
