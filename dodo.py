@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from recipes import report
-from recipes.bake import PACKAGE, Bake
-from recipes.kit import graph, inventory, store, vault
+from recipes.bake import PACKAGE, Bake, code
+from recipes.kit import graph, kept, store, vault
 from recipes.kit.choices import Choices
 from recipes.kit.download import Desk
 from recipes.kit.errors import BakeError, BakeErrors
@@ -53,7 +53,7 @@ def bake() -> Bake:
     graph.only_arguments("cluster", "secrets", "key", "source", "mirror", "images", "registry")
     now = datetime.now(UTC)
     file = Path(argument("cluster") or PACKAGE / "clusters" / "ha.yaml")
-    cluster = inventory.load(file, now=now)
+    cluster = kept.load(file, now=now, code=code(), folder=graph.BUILD / ".clusters")
     where = Path(argument("secrets") or store.default_directory(file))
     desk = Desk(
         build=graph.BUILD.absolute(),
@@ -209,7 +209,7 @@ def task_image() -> Iterator[Task]:
             "task_dep": ["_base"],
             "file_dep": [bake().record("bases", node.arch), bake().seed(node)],
             "targets": [bake().disk(node)],
-            "uptodate": [Same(lambda: bake().code)],
+            "uptodate": [Same(code)],
             "clean": True,
         }
 
@@ -217,7 +217,7 @@ def task_image() -> Iterator[Task]:
 def wanted_nodes(*kinds: str, whole: Collection[str] = ()) -> list[Node]:
     """Only the machines that were named, where some were: the others' tasks would cost time and are not needed."""
     names = graph.named(*kinds, whole=whole)
-    return list(bake().cluster.nodes) if names is None else [inventory.find(bake().cluster, name) for name in names]
+    return list(bake().cluster.nodes) if names is None else [bake().cluster.node(name) for name in names]
 
 
 def payload_records() -> dict[tuple[Role, Arch], Path]:
@@ -232,7 +232,7 @@ def task_volume() -> Iterator[Task]:
             "actions": [action(bake().make_volume)],
             "file_dep": list(payload_records().values()),
             "targets": [bake().volume],
-            "uptodate": [Same(lambda: bake().code)],
+            "uptodate": [Same(code)],
             "clean": True,
         }
 
@@ -270,7 +270,7 @@ def task_schema() -> Task:
     return {
         "actions": [action(bake().make_schema)],
         "targets": [bake().schema],
-        "uptodate": [Same(lambda: bake().code)],
+        "uptodate": [Same(code)],
         "clean": True,
     }
 
@@ -331,7 +331,7 @@ def info(names: list[str]) -> None:
     look = replace(bake(), minting=False)
     if not names:
         print(report.cluster(look))
-    for node in [inventory.find(look.cluster, name.removeprefix("node:")) for name in names]:
+    for node in [look.cluster.node(name.removeprefix("node:")) for name in names]:
         print(report.machine(look, node))
 
 
@@ -343,7 +343,7 @@ def rekey(names: list[str]) -> None:
         )
     here = bake()
     named = [name.removeprefix("node:") for name in names]
-    owners = dict.fromkeys(DESK if name == ADMIN_CONF else inventory.find(here.cluster, name).name for name in named)
+    owners = dict.fromkeys(DESK if name == ADMIN_CONF else here.cluster.node(name).name for name in named)
     before = store.open(here.where, here.cluster, now=here.now, mint=False, key=here.key)
     store.rekey(here.where, here.cluster, owners, now=here.now, key=here.key)
     print(report.rekeyed(replace(here, minting=False), list(owners), before))

@@ -12,14 +12,14 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recipes import records
 from recipes.components import load_components
-from recipes.kit import atomic, distribution, formats, inventory, overlay, sizing, store
+from recipes.kit import atomic, distribution, formats, overlay, sizing, store
 from recipes.kit.choices import Choices
 from recipes.kit.distribution import Fetch, Repository
 from recipes.kit.download import Desk
@@ -160,19 +160,13 @@ class Bake:
         return int(epoch)
 
     @cached_property
-    def code(self) -> str:
-        """All code that decides about bytes, so that a newer Nodebake, or a newer library, bakes anew."""
-        own = digest_of_files([*PACKAGE.rglob("*.py"), *PACKAGE.glob("*.yaml")], PACKAGE)
-        return digest(own, [(name, version(name)) for name in LIBRARIES])
-
-    @cached_property
     def shared(self) -> Cluster:
         return self.cluster.shared
 
     @cached_property
     def generation(self) -> int:
         """Counts the versions of what the control planes bring: 1, 2 ... Kept in the store, so that it never falls."""
-        known = digest(self.code, self._machines, self._operators_bytes(), self._references())
+        known = digest(code(), self._machines, self._operators_bytes(), self._references())
         kept = Choices(self.where / "generation.json")  # not with the choices, which may be thrown away
         last = kept.get("generation", "objects") or {"of": None, "number": 0}
         if last["of"] == known:
@@ -269,7 +263,7 @@ class Bake:
 
     def inputs_of_binaries(self, arch: Arch) -> str:
         modules = [path for path in (PACKAGE / "modules").rglob("*") if path.is_file()]
-        return digest(self.code, digest_of_files(modules, PACKAGE), self.desk.source, arch)
+        return digest(code(), digest_of_files(modules, PACKAGE), self.desk.source, arch)
 
     def make_binaries(self, arch: Arch) -> None:
         from recipes import binaries, packages
@@ -282,7 +276,7 @@ class Bake:
 
     def inputs_of_packages(self, role: Role, arch: Arch) -> str:
         wanted = overlay.packages(self.cluster, role)
-        return digest(self.code, wanted, arch, self.cluster.debian_mirror, self.cluster.packages)
+        return digest(code(), wanted, arch, self.cluster.debian_mirror, self.cluster.packages)
 
     def make_packages(self, role: Role, arch: Arch) -> None:
         from recipes import packages
@@ -292,7 +286,7 @@ class Bake:
 
     def inputs_of_images(self, arch: Arch) -> str:
         archives = [Path(image) for image in self.cluster.images if image.startswith("/")]
-        return digest(self.code, self.desk.source, arch, self.cluster.images, [_stamp(path) for path in archives])
+        return digest(code(), self.desk.source, arch, self.cluster.images, [_stamp(path) for path in archives])
 
     def make_images(self, arch: Arch) -> None:
         from recipes import images
@@ -303,7 +297,7 @@ class Bake:
     def inputs_of_payload(self, role: Role, arch: Arch) -> str:
         trees = _digest_of_trees(*overlay.layers(self.cluster, role))
         identity = self.secrets.cluster_id
-        return digest(self.code, trees, self.shared, role, arch, self.mtime, identity, self._authorities())
+        return digest(code(), trees, self.shared, role, arch, self.mtime, identity, self._authorities())
 
     def make_payload(self, role: Role, arch: Arch) -> None:
         from recipes import bom, closure, payload
@@ -365,7 +359,7 @@ class Bake:
         minted = (self.secrets.cluster_id, self.secrets.life(node.name), token.id if token else None)
         crowd = sizing.crowd(len(self.cluster.fetching)) if node.media == "thin" else 0
         passwords = self._passwords() if node.runs_kubelet else ()
-        return digest(self.code, known, node, self.mtime, minted, passwords, crowd, self.joins(node))
+        return digest(code(), known, node, self.mtime, minted, passwords, crowd, self.joins(node))
 
     @cached_property
     def _known_to_all(self) -> str:
@@ -432,8 +426,8 @@ class Bake:
 
     def inputs_of_base(self, arch: Arch) -> str:
         if (image := self.cluster.base_image(arch)) is None:
-            return digest(self.code, arch, self.mtime, self.cluster.debian_mirror, self.cluster.packages)
-        return digest(self.code, image, None if _is_url(image) else _stamp(Path(image.location)))
+            return digest(code(), arch, self.mtime, self.cluster.debian_mirror, self.cluster.packages)
+        return digest(code(), image, None if _is_url(image) else _stamp(Path(image.location)))
 
     def check_base(self, arch: Arch) -> None:
         from recipes import base
@@ -477,7 +471,7 @@ class Bake:
         secrets = self.secrets
         hosts = [(name, key.public) for name, key in sorted(secrets.ssh_host_keys.items())]
         trees = _digest_of_trees(overlay.TRUST)
-        return digest(self.code, trees, self.cluster, secrets.cluster_id, secrets.life(DESK), self.mtime, hosts)
+        return digest(code(), trees, self.cluster, secrets.cluster_id, secrets.life(DESK), self.mtime, hosts)
 
     def make_desk(self) -> None:
         from recipes import certificates, trust
@@ -489,6 +483,8 @@ class Bake:
         trust.write(self.cluster, self.secrets, self.trust, mtime=self.mtime)
 
     def make_schema(self) -> None:
+        from recipes.kit import inventory
+
         text = json.dumps(inventory.json_schema(), indent=1)
         atomic.write(self.schema, text.encode() + b"\n")
 
@@ -532,6 +528,13 @@ def _is_url(image: BaseImage) -> bool:
 def _stamp(path: Path) -> tuple[str, int, int]:
     stat = path.stat()
     return str(path), stat.st_size, stat.st_mtime_ns
+
+
+@cache
+def code() -> str:
+    """Digest of all code that decides about bytes, so that a newer Nodebake, or a newer library, bakes anew."""
+    own = digest_of_files([*PACKAGE.rglob("*.py"), *PACKAGE.glob("*.yaml")], PACKAGE)
+    return digest(own, [(name, version(name)) for name in LIBRARIES])
 
 
 def digest(*inputs: object) -> str:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from recipes.bake import Bake
-from recipes.kit import archive, bounds, gpt, inventory, iso, store
+from recipes.kit import archive, bounds, gpt, iso, store
 from recipes.kit.atomic import disk_errors
 from recipes.kit.bounds import Damaged
 from recipes.kit.errors import BakeError
@@ -108,7 +108,7 @@ class Verifier:
                 raise BakeError("there is no tarball in it", where=where, remedy="name an ISO of Nodebake's")
             tarball, contents = tarballs[0]
             if "node" in contents.parts:
-                node = inventory.find(self._bake.cluster, contents.about("node")["node"])
+                node = self._bake.cluster.node(contents.about("node")["node"])
                 sign = partial(store.sign, self._bake.secrets)
                 documents = seed.documents(self._bake.cluster, node, sums=contents.sums("node"), sign=sign)
                 seed.write(documents, tarball, made, mtime=contents.mtime)
@@ -131,7 +131,7 @@ class Verifier:
             raw.unlink()
             os.truncate(whole, min(iso.size(whole), part.length * SECTOR))
             told = self._volume(whole, path)
-            node = inventory.find(self._bake.cluster, told.partition(" ")[0])
+            node = self._bake.cluster.node(told.partition(" ")[0])
             if not self._bake.record("bases", node.arch).exists():
                 what = "the Debian that it began with is not here, to compare it with"
                 raise BakeError(what, where=path, remedy=f"bake it: doit base:{node.arch}")

@@ -15,6 +15,7 @@ import signal
 import sqlite3
 import struct
 import subprocess
+import sys
 import termios
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -233,6 +234,16 @@ def test_a_second_run_makes_nothing(small: Desk) -> None:
     told = small.doit()
     assert made(told) == set()
     assert small.stamps() == before
+
+
+def test_a_cluster_file_that_did_not_change_is_not_read_again(editing: Desk) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "doit", "list", f"cluster={editing.file}"]
+    editing.doit("list")
+    for reads in (False, True):
+        if reads:
+            editing.file.write_text(f"{editing.file.read_text()}# edited\n")
+        done = subprocess.run(command, cwd=editing.project.root, capture_output=True, text=True, check=True)
+        assert ("pydantic" in done.stderr) == reads
 
 
 def test_the_end_tells_machines_sizes_sources_and_what_to_do(first: tuple[set[str], set[str], str]) -> None:

@@ -40,7 +40,7 @@ ORDER = [
         "kit.gotool",
         "kit.buildinfo",
     ],
-    ["kit.formats", "kit.places", "kit.emit", "kit.clusterfile", "kit.inventory"],
+    ["kit.formats", "kit.places", "kit.emit", "kit.clusterfile", "kit.inventory", "kit.kept"],
     [
         "kit.overlay",
         "kit.archive",

@@ -26,13 +26,14 @@ def sha256_of(path: Path) -> str:
 
 def known(stat: os.stat_result) -> str | None:
     """The SHA-256 (hex) of the file that stat tells of; None: this run has not hashed it as it is."""
-    return _known.get(_signature(stat))
+    return _known.get(signature(stat))
 
 
 def remember(stat: os.stat_result, sha256: str) -> None:
     """Says what the caller has just computed."""
-    _known[_signature(stat)] = sha256
+    _known[signature(stat)] = sha256
 
 
-def _signature(stat: os.stat_result) -> tuple[int, ...]:
+def signature(stat: os.stat_result) -> tuple[int, ...]:
+    """What changes with a file's bytes, mode or owner."""
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

@@ -31,6 +31,7 @@ from recipes.kit.model import (
     Registry,
     User,
     Validity,
+    runs,
     scale_of,
     vlan_device,
 )
@@ -62,31 +63,6 @@ def load(path: Path, *, now: datetime) -> Cluster:
     if errors or cluster is None:
         raise BakeErrors(sorted(errors, key=_position))
     return cluster
-
-
-def find(cluster: Cluster, name: str) -> Node:
-    """The node of this name; BakeError names the nearest ones, or those that exist."""
-    names = [node.name for node in cluster.nodes]
-    if name in names:
-        return cluster.nodes[names.index(name)]
-    close = difflib.get_close_matches(name, names, n=3)
-    remedy = f"Did you mean {' or '.join(close)}? There are {runs(names)}." if close else f"There are {runs(names)}."
-    raise BakeError(f"The cluster {cluster.name} has no node {name}", where=cluster.file, remedy=remedy)
-
-
-def runs(names: Sequence[str]) -> str:
-    """Names for one line: worker-1, worker-2, worker-3 become "worker-1 to worker-3"."""
-    told: list[tuple[str, str]] = []
-    for name in names:
-        stem, dash, number = name.rpartition("-")
-        last_stem, _, last_number = told[-1][1].rpartition("-") if told else ("", "", "")
-        follows = dash and stem == last_stem and number.isdigit() and last_number.isdigit()
-        if follows and int(number) == int(last_number) + 1:
-            told[-1] = (told[-1][0], name)
-        else:
-            told.append((name, name))
-    listed = [first if first == last else f"{first} to {last}" for first, last in told]
-    return ", ".join(listed) if len(listed) <= 20 else f"{', '.join(listed[:20])} and more"
 
 
 def json_schema() -> dict[str, Any]:

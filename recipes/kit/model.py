@@ -5,12 +5,16 @@ Names follow the cluster file, which follows kubeadm and k0sctl where they have 
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import cached_property
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+from recipes.kit.errors import BakeError
 
 Arch = Literal["amd64", "arm64"]
 Role = Literal["control-plane", "worker", "etcd", "load-balancer"]
@@ -38,6 +42,21 @@ SCALES = (100, 1_000, 5_000)
 def scale_of(workers: int) -> int:
     """The first of SCALES that is not below the number of workers."""
     return next((scale for scale in SCALES if workers <= scale), SCALES[-1])
+
+
+def runs(names: Sequence[str]) -> str:
+    """Names for one line: worker-1, worker-2, worker-3 become "worker-1 to worker-3"."""
+    told: list[tuple[str, str]] = []
+    for name in names:
+        stem, dash, number = name.rpartition("-")
+        last_stem, _, last_number = told[-1][1].rpartition("-") if told else ("", "", "")
+        follows = dash and stem == last_stem and number.isdigit() and last_number.isdigit()
+        if follows and int(number) == int(last_number) + 1:
+            told[-1] = (told[-1][0], name)
+        else:
+            told.append((name, name))
+    listed = [first if first == last else f"{first} to {last}" for first, last in told]
+    return ", ".join(listed) if len(listed) <= 20 else f"{', '.join(listed[:20])} and more"
 
 
 BOND = "bond0"  # what a machine's bond is called
@@ -259,6 +278,23 @@ class Cluster:
 
     def base_image(self, arch: Arch) -> BaseImage | None:
         return next((image for image in self.base_images if image.arch == arch), None)
+
+    def node(self, name: str) -> Node:
+        """The node of this name; BakeError names the nearest ones, or those that exist."""
+        names = [node.name for node in self.nodes]
+        if name in names:
+            return self.nodes[names.index(name)]
+        close = difflib.get_close_matches(name, names, n=3)
+        meant = f"Did you mean {' or '.join(close)}? " if close else ""
+        remedy = f"{meant}There are {runs(names)}."
+        raise BakeError(f"The cluster {self.name} has no node {name}", where=self.file, remedy=remedy)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All that the cluster file names at the desk, absolute."""
+        texts = (*self.images, *(image.location for image in self.base_images))
+        of_registries = (path for each in self.registries for path in (each.ca, each.password_file) if path)
+        return (*self.extra_objects, *of_registries, *(Path(text) for text in texts if text.startswith("/")))
 
     def with_role(self, role: Role) -> tuple[Node, ...]:
         return tuple(node for node in self.nodes if node.role == role)

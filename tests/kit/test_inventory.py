@@ -494,9 +494,9 @@ def test_files_beside_the_cluster_file(tmp_path: Path) -> None:
 
 def test_find() -> None:
     made = samples.ha()
-    assert inventory.find(made, "worker-2").address == IPv4Address("192.168.10.22")
+    assert made.node("worker-2").address == IPv4Address("192.168.10.22")
     with pytest.raises(BakeError) as caught:
-        inventory.find(made, "worker-9")
+        made.node("worker-9")
     assert "no node worker-9" in caught.value.what
     assert caught.value.remedy is not None
     assert caught.value.remedy.startswith("Did you mean worker-")

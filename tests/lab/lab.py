@@ -13,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
-from recipes.kit import inventory
 from recipes.kit.model import Cluster
 from recipes.records import read_fetched
 from tests.lab import host, runs
@@ -65,7 +64,7 @@ class Lab:
 
         kind: at the first time, where it is another than the lab's."""
         if name not in self.machines:
-            node = inventory.find(self.cluster, name)
+            node = self.cluster.node(name)
             made = (kind or self._kind)(node, self.folder / name, self.inside, self.switch)
             made.insert(self.build / "seeds" / f"{name}.iso")
             self.machines[name] = made

@@ -45,7 +45,7 @@ class Thief:
 
     @property
     def address(self) -> IPv4Address:
-        return inventory.find(self.lab.cluster, self.name).address
+        return self.lab.cluster.node(self.name).address
 
     def kubectl(self, *words: str, stdin: object = None) -> str:
         """What it answers, an error or not."""
