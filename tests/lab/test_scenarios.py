@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections import Counter
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.lab import benchmark, checks, workload
-from tests.lab.checks import everything_works, get, items, ready_nodes, wait_ready
+from tests.lab.checks import Clock, everything_works, get, items, ready_nodes, wait_ready
 from tests.lab.container import Container
 from tests.lab.host import LabError
 from tests.lab.lab import Lab
@@ -470,6 +472,45 @@ def test_a_control_plane_that_lost_its_disk_comes_back(ha: Lab) -> None:
     expected = {("started", node.name) for node in ha.cluster.etcd_members}
     assert {(state, name) for _, state, name in members(other)} == expected
     etcdctl(machine, "endpoint health --cluster")
+
+
+@pytest.mark.matrix
+def test_the_cluster_goes_back_to_a_backup(ha: Lab) -> None:
+    """By the README's own lines, after two of three members lost their disks, and with them the majority."""
+    told = (ROOT / "README.md").read_text().partition("### A backup of etcd")[2]
+    save, restore = re.findall(r"^```sh$(.*?)^```$", told, re.MULTILINE | re.DOTALL)[:2]
+    here, *lost = [node.name for node in ha.cluster.control_planes]
+    ha.kubectl("create", "configmap", "before")
+    ha.machine(here).run("bash", "-l", "-e", "-c", f"cd /root; {save}")
+    backup = ha.machine(here).run("base64", "/root/etcd.db").stdout
+    ha.kubectl("create", "configmap", "after")
+    for name in lost:
+        ha.machine(name).crash()
+    ha.machine(here).run("systemctl stop kube-apiserver etcd")
+    for name in lost:
+        ha.reinstalled(name)
+    power_on(ha, *lost)
+    for name in lost:
+        begun = ha.machine(name)
+        wait(lambda: begun.run("test -e /var/lib/etcd/member/wal").returncode == 0, BOOT, "etcd has begun")  # noqa: B023
+        begun.run("systemctl stop kube-apiserver etcd")
+    clock = Clock()
+    for name in (here, *lost):
+        ha.machine(name).run("base64 -d >/root/etcd.db", stdin=backup)
+        ha.machine(name).run("bash", "-l", "-e", "-c", f"cd /root; {restore}")
+    for name in (here, *lost):
+        ha.machine(name).run("systemctl --no-block start etcd kube-apiserver")
+    wait_ready(ha, BOOT, None, clock)
+    there = {each["metadata"]["name"] for each in items(ha, "configmaps")}
+    assert ("before" in there, "after" in there) == (True, False)
+    assert {(state, name) for _, state, name in members(ha.machine(lost[0]))} == {
+        ("started", name) for name in (here, *lost)
+    }
+    ha.kubectl("delete", "configmap", "before")
+    everything_works(ha, clock)
+    for name in lost:
+        checks.wait_machine_installed(ha.machine(name), BOOT)
+    tell(clock)
 
 
 @pytest.mark.matrix

@@ -86,7 +86,7 @@ def gather(system: System, now: datetime | None = None) -> Status:
 def health(system: System) -> list[str]:
     """Why this machine is not healthy, one line each, without anything that changes by the second; [] when it is.
 
-    Quick: first boot asks every second.
+    Quick: first boot asks again and again, for hours where other machines are off.
     """
     return _health(system, units.names(system))[2]
 
