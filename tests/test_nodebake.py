@@ -199,6 +199,7 @@ def well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]
         shutil.rmtree(folder, ignore_errors=True)
         programs(folder, {"systemctl": systemctl(states or {})}, monkeypatch)
         monkeypatch.setattr(endpoints, "_ask", lambda system, probe: (answers or {}).get(probe.unit))
+        monkeypatch.setattr(endpoints, "_ask_node", lambda system, url: (answers or {}).get("node"))
 
     return set_up
 
@@ -253,7 +254,7 @@ def test_installed_and_healthy(worker: Baked, well: Callable[..., None]) -> None
     assert (found.problems, found.warnings, found.unseen) == ([], [], [])
     assert found.healthy and status.health(worker.system) == []
     assert {unit.name for unit in found.units} > {*KUBELET_UNITS, "nodebake-images.timer", "api-balancer.service"}
-    assert {each.name for each in found.endpoints} == {"api-balancer", "flanneld", "kube-proxy", "kubelet"}
+    assert {each.name for each in found.endpoints} == {"api-balancer", "flanneld", "kube-proxy", "kubelet", "node"}
     text = "\n".join(report.lines(found, colour=False))
     assert "\nhealthy\n" in text and "problems" not in text
     assert re.search(r"^  nodebake-images +idle \(ran well\)", text, re.MULTILINE)
@@ -472,6 +473,64 @@ def test_the_api_server_is_verified(plane: Baked, monkeypatch: pytest.MonkeyPatc
         assert probed(plane.system, port, monkeypatch, "unverified") is None
         (pki / "kubernetes-ca.crt").unlink()
         assert "does not answer" in str(probed(plane.system, port, monkeypatch, "verified"))
+
+
+def test_the_node_is_asked_for_as_itself(plane: Baked, monkeypatch: pytest.MonkeyPatch) -> None:
+    plane.install()
+    node = plane.node.name
+    pki = plane.root / "etc/kubernetes/pki"
+    trust = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trust.load_cert_chain(pki / "kube-apiserver.crt", pki / "kube-apiserver.key")
+    trust.verify_mode = ssl.CERT_REQUIRED
+    trust.load_verify_locations(plane.root / CLIENT)
+    says: dict[str, Any] = {}
+
+    class Api(answering(200)):  # type: ignore[misc]
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == f"/api/v1/nodes/{node}" else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps(says).encode())
+
+    config = plane.root / endpoints._AS_NODE
+    with server(Api, trust) as port:
+        config.write_text(config.read_text().replace("127.0.0.1:6443", f"127.0.0.1:{port}"))
+        url = f"https://127.0.0.1:{port}/api/v1/nodes/{node}"
+
+        def told(*conditions: tuple[str, str, str]) -> str | None:
+            says["status"] = {"conditions": [{"type": a, "status": b, "message": c} for a, b, c in conditions]}
+            found = endpoints.ask_node(plane.system, node)
+            assert found is not None and (found.name, found.url) == ("node", url)
+            return found.problem
+
+        well = ("MemoryPressure", "False", "enough")
+        assert told(well, ("Ready", "True", "kubelet is posting ready status")) is None
+        assert (
+            told(well, ("Ready", "False", "cni plugin not initialized")) == "is not Ready: cni plugin not initialized"
+        )
+        assert told(("Ready", "Unknown", "gone")) == "is not Ready: gone"
+        assert told() == "is not Ready: the kubelet has not said so yet"
+        full = ("DiskPressure", "True", "kubelet has disk pressure")
+        assert told(full, ("Ready", "True", "")) == "DiskPressure: kubelet has disk pressure"
+        says["status"] = {"conditions": "none"}
+        assert endpoints._ask_node(plane.system, url) == f"{url} tells no conditions"
+        assert endpoints._ask_node(plane.system, f"{url}x") == f"{url}x answers 404"
+        shutil.copy(pki / "etcd-ca.crt", pki / "kubernetes-ca.crt")
+        assert "is not to be trusted" in str(endpoints._ask_node(plane.system, url))
+    assert endpoints._ask_node(plane.system, url) == f"{url} does not answer"
+    (plane.root / CLIENT).unlink()
+    assert endpoints.ask_node(plane.system, node) is None
+
+
+def test_a_node_that_is_not_ready_is_told(worker: Baked, well: Callable[..., None]) -> None:
+    """By status; first boot's wait is not for it, since a pod network of one's own may come later."""
+    worker.install()
+    well(answers={"node": "is not Ready: cni plugin not initialized"})
+    found = status.gather(worker.system)
+    assert found.problems == ["node: is not Ready: cni plugin not initialized"]
+    assert status.health(worker.system) == []
+    away = "https://127.0.0.1:6443/readyz does not answer"
+    well(answers={"node": "x", "api-balancer.service": away})
+    assert status.gather(worker.system).problems == [f"api-balancer: {away}"], "told once"
 
 
 def test_the_real_daemons_answer(

@@ -62,6 +62,7 @@ def test_six_machines_at_once_become_a_cluster(ha: Lab) -> None:
         # By the machine's own cloud-init: user-data and network-config.
         told = ha.machine(name).run("cloud-init", "schema", "--system").stdout
         assert told.count("Valid schema") == 2, told
+        assert f"/api/v1/nodes/{name} is well" in ha.machine(name).run("nodebake status").stdout
 
 
 @pytest.mark.parametrize("name", ["control-1", "worker-1"])

@@ -1,19 +1,26 @@
-"""The health endpoints of this machine's own daemons, asked over loopback."""
+"""The health endpoints of this machine's own daemons, asked over loopback; and what the API server says of its Node."""
 
 from __future__ import annotations
 
 import http.client
+import json
+import re
 import socket
 import ssl
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
 
 from machine.system import System
 
 _ADDRESS = "127.0.0.1"
 _CA = "etc/kubernetes/pki/kubernetes-ca.crt"  # where there is an API server, or a way to one
 _SECONDS = 3.0
+_AS_NODE = "etc/kubernetes/kube-proxy.conf"  # says where the API is, and speaks as this machine's Node
+_LARGEST = 16 << 20  # bytes of a Node
+_CERTIFICATE = "var/lib/kubelet/pki/kubelet-client-current.pem"
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,48 @@ def ask(system: System, units: Iterable[str]) -> list[Endpoint]:
         Endpoint(probe.unit.removesuffix(".service"), probe.url, problem)
         for probe, problem in zip(wanted, problems, strict=True)
     ]
+
+
+def ask_node(system: System, name: str) -> Endpoint | None:
+    """What the API server says of this Node, asked with the kubelet's certificate; None where there is none."""
+    config = system.text(_AS_NODE) or ""
+    if (server := re.search(r'^ +server: "(https://[^"]+)"$', config, re.MULTILINE)) is None:
+        return None
+    if not system.exists(_CERTIFICATE):
+        return None
+    url = f"{server[1]}/api/v1/nodes/{name}"
+    return Endpoint("node", url, _ask_node(system, url))
+
+
+def _ask_node(system: System, url: str) -> str | None:
+    address = urlsplit(url)
+    try:
+        trust = ssl.create_default_context(cafile=str(system.path(_CA)))
+        trust.load_cert_chain(system.path(_CERTIFICATE))
+        connection = http.client.HTTPSConnection(address.hostname or "", address.port, timeout=_SECONDS, context=trust)
+        connection.request("GET", address.path, headers={"Connection": "close"})
+        answer = connection.getresponse()
+        told = answer.read(_LARGEST)
+    except ssl.SSLCertVerificationError as error:
+        return f"the certificate of {url} is not to be trusted: {error.verify_message}"
+    except (OSError, http.client.HTTPException):
+        return f"{url} does not answer"
+    if answer.status != 200:
+        return f"{url} answers {answer.status}"
+    try:
+        return _condition(json.loads(told)["status"]["conditions"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return f"{url} tells no conditions"
+
+
+def _condition(conditions: list[dict[str, Any]]) -> str | None:
+    """What is wrong with a Node: it is not Ready, or something that would better not be."""
+    known = {str(each["type"]): each for each in conditions}
+    ready = known.pop("Ready", {})
+    wrong = [each for each in known.values() if each["status"] == "True"]
+    if ready.get("status") != "True":
+        return f"is not Ready: {ready.get('message', 'the kubelet has not said so yet')}"
+    return "; ".join(f"{each['type']}: {each.get('message', '')}" for each in wrong) or None
 
 
 def _ask(system: System, probe: Probe) -> str | None:

@@ -64,7 +64,13 @@ def gather(system: System, now: datetime | None = None) -> Status:
     first_boot = firstboot.look(system)
     wanted = units.names(system)
     asked, answers, problems, warnings = _health(system, wanted)
+    machine = identity(system)
     if system.live:
+        ways = [answer for answer in answers if answer.name in ("kube-apiserver", "api-balancer")]
+        if machine.node and not any(way.problem for way in ways):
+            node = endpoints.ask_node(system, machine.node)
+            answers += [node] if node else []
+            problems += [f"node: {node.problem}"] if node and node.problem else []
         known = {wait.what: wait.since for wait in first_boot.waits}
         waits = [Wait(what, known.get(what)) for what in problems] if first_boot.waits else []
         first_boot = FirstBoot(first_boot.installed, first_boot.steps, waits)
@@ -80,7 +86,7 @@ def gather(system: System, now: datetime | None = None) -> Status:
         warnings.append(
             f"etcd's disk was slow before etcd began: {etcd_write} ms a synchronous write, {SLOW} are the most"
         )
-    return Status(identity(system), first_boot, asked, answers, found, problems, warnings, system.unseen, etcd_write)
+    return Status(machine, first_boot, asked, answers, found, problems, warnings, system.unseen, etcd_write)
 
 
 def health(system: System) -> list[str]:
