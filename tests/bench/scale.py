@@ -21,6 +21,7 @@ from tests.conftest import ROOT, Project, copy_project
 SIZES = (50, 500, 5_000)  # workers
 LARGEST = SIZES[-1]
 FULL = 50  # workers with full media: 20 GB
+ROUNDS = 3  # of a full bake: what a machine more costs is a small difference of two
 WORKER = "node:worker-3"
 PYTHON = [sys.executable, "-c", "pass"]
 
@@ -63,8 +64,14 @@ def cluster_file(project: Project, workers: int, *, late: int = 0) -> Path:
 
 
 def whole(project: Project, workers: int) -> Run:
-    """A full bake of a new cluster, minting included; the cache of components is warm."""
+    """A full bake of a new cluster, minting included, the fastest of some; the cache of components is warm."""
+    return min((_whole(project, workers) for _ in range(ROUNDS)), key=lambda run: run.seconds)
+
+
+def _whole(project: Project, workers: int) -> Run:
     file = cluster_file(project, workers)
+    for before in (project.root / "build" / file.stem, file.with_name(f"{file.name}.secrets")):
+        shutil.rmtree(before, ignore_errors=True)
     project.remember(file.stem)
     project.doit(f"cluster={file}", "binaries", "packages", "images")  # what is in the cache is looked up once
     measure.settle()
@@ -152,7 +159,7 @@ def markdown(goals: Sequence[Goal], bakes: Mapping[int, Run], costs: Mapping[str
     lines = [
         *table.rows(goals),
         "",
-        f"One round; {desk}.",
+        f"The fastest of {ROUNDS} full bakes, of five other runs; {desk}.",
         "",
         *(
             f"- {size} workers: {run.seconds:.1f} s, {run.processor:.1f} s of processor, {run.peak / 1e6:.0f} MB"
