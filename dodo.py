@@ -53,8 +53,8 @@ def bake() -> Bake:
     graph.only_arguments("cluster", "secrets", "key", "source", "mirror", "images", "registry")
     now = datetime.now(UTC)
     file = Path(argument("cluster") or PACKAGE / "clusters" / "ha.yaml")
-    cluster = kept.load(file, now=now, code=code(), folder=graph.BUILD / ".clusters")
     where = Path(argument("secrets") or store.default_directory(file))
+    cluster = kept.load(file, now=now, code=code(), store=where)
     desk = Desk(
         build=graph.BUILD.absolute(),
         mirror=argument("mirror"),

@@ -503,7 +503,8 @@ def test_the_node_is_asked_for_as_itself(plane: Baked, monkeypatch: pytest.Monke
             return found.problem
 
         well = ("MemoryPressure", "False", "enough")
-        assert told(well, ("Ready", "True", "kubelet is posting ready status")) is None
+        others = ("EtcdIsVoter", "True", "somebody else's, and good")
+        assert told(well, others, ("Ready", "True", "kubelet is posting ready status")) is None
         assert (
             told(well, ("Ready", "False", "cni plugin not initialized")) == "is not Ready: cni plugin not initialized"
         )
@@ -528,6 +529,10 @@ def test_a_node_that_is_not_ready_is_told(worker: Baked, well: Callable[..., Non
     found = status.gather(worker.system)
     assert found.problems == ["node: is not Ready: cni plugin not initialized"]
     assert status.health(worker.system) == []
+    waiting = "flanneld: http://127.0.0.1:10271/healthz does not answer"
+    worker.journal(*lines("health begun waiting", f"health waiting {waiting}"))
+    well(answers={"node": "is not Ready", "flanneld.service": waiting.removeprefix("flanneld: ")})
+    assert [wait.what for wait in status.gather(worker.system).first_boot.waits] == [waiting]
     away = "https://127.0.0.1:6443/readyz does not answer"
     well(answers={"node": "x", "api-balancer.service": away})
     assert status.gather(worker.system).problems == [f"api-balancer: {away}"], "told once"

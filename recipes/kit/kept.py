@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import pickle
+import sys
 from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import version
@@ -17,28 +18,25 @@ from recipes.kit.errors import BakeError
 from recipes.kit.hashing import signature
 from recipes.kit.model import Cluster
 
-_MODULES: Final = (model.__name__, "datetime", "ipaddress", "pathlib")  # whose types a Cluster consists of
+NAME: Final = ".cluster"  # in the secret store, which is the operator's alone; no secret itself
+_MODULES: Final = frozenset((model.__name__, "datetime", "ipaddress", type(Path()).__module__))
 
 
-def load(file: Path, *, now: datetime, code: str, folder: Path) -> Cluster:
-    """inventory.load(file, now=now), or what it gave the last time, kept in folder: as long as the cluster file, the
-    files that it names, the digest of the code and the person are the same. Raises what inventory.load() raises.
-
-    That time has passed since makes no kept cluster wrong: a date that was not too far ahead is none now.
-    """
+def load(file: Path, *, now: datetime, code: str, store: Path) -> Cluster:
+    """inventory.load(file, now=now), or what it gave the last time, kept in the secret store where there is one: for as
+    long as the cluster file, what it names and the digest of the code are the same. Raises as inventory.load()."""
     path = Path(os.path.abspath(file))  # noqa: PTH100 (a link stays a link)
     premises = _premises(path, code)
-    kept = folder / hashlib.sha256(os.fsencode(path)).hexdigest()
-    if premises and (cluster := _read(kept, premises)) is not None:
+    if premises and (cluster := _read(store / NAME, premises, now)) is not None:
         return cluster
 
     from recipes.kit import inventory  # and with it pydantic
 
     cluster = inventory.load(file, now=now)
-    if premises and premises == _premises(path, code):  # not written while it was read
+    if store.is_dir() and premises and premises == _premises(path, code):  # not written while it was read
         with suppress(BakeError, OSError):  # else it is read again the next time
-            body = pickle.dumps((cluster, _signatures(cluster)))
-            atomic.write(kept, _seal(premises, body) + body, mode=0o600)
+            body = pickle.dumps((cluster, _signatures(cluster), now))
+            atomic.write(store / NAME, _seal(premises, body) + body, mode=0o600)
     return cluster
 
 
@@ -46,22 +44,25 @@ def _premises(path: Path, code: str) -> bytes:
     """What decides about the Cluster besides the files named in it; nothing where the file cannot be read twice."""
     with suppress(OSError, ValueError):
         if path.is_file():
-            readers = [version(name) for name in ("pydantic", "pyyaml")]
-            return repr((path, path.read_bytes(), code, readers, os.geteuid())).encode()
+            readers = [sys.version, version("pydantic"), version("pyyaml"), os.geteuid()]
+            return repr((path, signature(path.stat()), path.read_bytes(), code, readers)).encode()
     return b""
 
 
-def _read(kept: Path, premises: bytes) -> Cluster | None:
-    with suppress(OSError, pickle.UnpicklingError):
+def _read(kept: Path, premises: bytes, now: datetime) -> Cluster | None:
+    with suppress(Exception):  # whatever is wrong with it, there is the cluster file
         whole = kept.read_bytes()
         seal, body = whole[:32], whole[32:]
         if seal == _seal(premises, body):
-            cluster, signatures = _Unpickler(io.BytesIO(body)).load()
-            return cluster if _signatures(cluster) == signatures else None
+            cluster, signatures, then = _Unpickler(io.BytesIO(body)).load()
+            # Time that passes makes no cluster wrong: a date that was not too far ahead is none now.
+            if isinstance(cluster, Cluster) and _signatures(cluster) == signatures and then <= now:
+                return cluster
     return None
 
 
 def _seal(premises: bytes, body: bytes) -> bytes:
+    """Tells damage, and what was read of another file or by other code."""
     return hashlib.sha256(hashlib.sha256(premises).digest() + body).digest()
 
 
@@ -70,7 +71,7 @@ def _signatures(cluster: Cluster) -> list[tuple[int, ...]]:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes nothing but a Cluster's parts, whoever wrote the file: a build folder may come from elsewhere."""
+    """Calls nothing but what a Cluster's parts are made by."""
 
     def find_class(self, module: str, name: str) -> Any:
         found = super().find_class(module, name) if module in _MODULES and "." not in name else None

@@ -6,7 +6,7 @@ import io
 import os
 import pickle
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -47,7 +47,9 @@ class Desk:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.file = folder / "c.yaml"
-        self.folder = folder / "kept"
+        self.store = folder / "c.yaml.secrets"
+        self.store.mkdir()
+        self.kept = self.store / kept.NAME
         self.file.write_text(NAMES_FILES)
         for name, text in NAMED.items():
             (folder / name).write_text(text)
@@ -60,13 +62,8 @@ class Desk:
 
         monkeypatch.setattr(clusterfile, "read", counted)
 
-    def load(self, code: str = "1") -> Cluster:
-        return kept.load(self.file, now=NOW, code=code, folder=self.folder)
-
-    @property
-    def kept(self) -> Path:
-        (found,) = self.folder.iterdir()
-        return found
+    def load(self, code: str = "1", now: datetime = NOW) -> Cluster:
+        return kept.load(self.file, now=now, code=code, store=self.store)
 
 
 @pytest.fixture
@@ -83,9 +80,10 @@ def test_what_did_not_change_is_read_once(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CLUSTERS.glob("*.yaml")))
-def test_the_examples(name: str, tmp_path: Path) -> None:
-    first, again = (kept.load(CLUSTERS / f"{name}.yaml", now=NOW, code="", folder=tmp_path) for _ in range(2))
-    assert first is not again
+def test_the_examples(name: str, desk: Desk) -> None:
+    desk.file = CLUSTERS / f"{name}.yaml"
+    first, again = desk.load(), desk.load()
+    assert desk.read == 1
     assert (again, repr(again)) == (first, repr(first))
 
 
@@ -119,6 +117,14 @@ def test_an_edit_is_seen_though_size_and_time_are_those_of_before(desk: Desk) ->
     assert {node.name for node in desk.load().nodes} ^ {node.name for node in before.nodes} == {"w1", "w2"}
 
 
+def test_a_clock_that_was_set_back_reads_again(desk: Desk) -> None:
+    desk.load(now=NOW)
+    desk.load(now=NOW + timedelta(days=1))
+    assert desk.read == 1
+    desk.load(now=NOW - timedelta(days=1))
+    assert desk.read == 2
+
+
 @pytest.mark.parametrize("name", NAMED)
 def test_a_named_file_that_is_gone_is_told(desk: Desk, name: str) -> None:
     desk.load()
@@ -141,42 +147,49 @@ def test_a_mistake_is_told_each_time(desk: Desk) -> None:
     for _ in range(2):
         with pytest.raises(BakeErrors, match=r"There is no file none\.tar"):
             desk.load()
-    assert not desk.folder.exists()
+    assert not desk.kept.exists()
 
 
-def test_what_is_written_while_it_is_read_is_not_kept(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("left", ["w1", "w2"])
+def test_what_is_written_while_it_is_read_is_not_kept(desk: Desk, monkeypatch: pytest.MonkeyPatch, left: str) -> None:
+    """Not even where it is afterwards as it was before."""
     counted = clusterfile.read
 
     def edited(file: Path) -> clusterfile.Document:
         file.write_text(NAMES_FILES.replace("w1", "w2"))
-        return counted(file)
+        document = counted(file)
+        file.write_text(NAMES_FILES.replace("w1", left))
+        return document
 
     monkeypatch.setattr(clusterfile, "read", edited)
-    desk.load()
-    monkeypatch.setattr(clusterfile, "read", counted)
-    desk.file.write_text(NAMES_FILES)
-    assert {node.name for node in desk.load().nodes} == {"p1", "w1"}
+    assert {node.name for node in desk.load().nodes} == {"p1", "w2"}
+    assert not desk.kept.exists()
 
 
 def test_a_pipe_is_read_once(desk: Desk) -> None:
     reading, writing = os.pipe()
     os.write(writing, (CLUSTERS / "single.yaml").read_bytes())
     os.close(writing)
-    made = kept.load(Path(f"/dev/fd/{reading}"), now=NOW, code="", folder=desk.folder)
+    desk.file = Path(f"/dev/fd/{reading}")
+    assert desk.load().name == "single"
     os.close(reading)
-    assert made.name == "single"
 
 
-def test_two_files_do_not_meet(desk: Desk) -> None:
-    desk.load()
-    other = CLUSTERS / "single.yaml"
-    assert kept.load(other, now=NOW, code="1", folder=desk.folder).name == "single"
+def test_of_two_files_with_one_store_each_is_itself(desk: Desk) -> None:
+    first, desk.file = desk.file, CLUSTERS / "single.yaml"
+    assert desk.load().name == "single"
+    desk.file = first
     assert desk.load().name == "c"
-    assert desk.read == 2
+
+
+def test_looking_makes_no_store(desk: Desk) -> None:
+    desk.store.rmdir()
+    assert desk.load() == desk.load()
+    assert desk.read == 2 and not desk.store.exists()
 
 
 def test_where_nothing_can_be_written_it_is_read_each_time(desk: Desk) -> None:
-    desk.folder.write_text("a file")
+    desk.kept.mkdir()
     assert desk.load() == desk.load()
     assert desk.read == 2
 
@@ -202,6 +215,13 @@ def _calls(made: Callable[..., object], *arguments: object) -> bytes:
     return pickle.dumps(Trap())
 
 
+@pytest.mark.parametrize("body", [b"", pickle.dumps((1, 2)), pickle.dumps((1, 2, 3)), b"no pickle"])
+def test_nonsense_reads_again(desk: Desk, body: bytes) -> None:
+    desk.kept.write_bytes(kept._seal(kept._premises(desk.file, "1"), body) + body)
+    assert desk.load().name == "c"
+    assert desk.read == 1
+
+
 @pytest.mark.parametrize("module", ["posix", "pathlib", "recipes.kit.model"])
 def test_a_strangers_file_runs_nothing(desk: Desk, tmp_path: Path, module: str) -> None:
     """Sealed as one of ours, since whoever can read the code can seal."""
@@ -211,7 +231,7 @@ def test_a_strangers_file_runs_nothing(desk: Desk, tmp_path: Path, module: str) 
         body = body.replace(b"\x8c\x05posix", bytes((0x8C, len(module))) + module.encode())
         body = body.replace(b"\x8c\x05mkdir", b"\x8c\x08os.mkdir")
         body = body[:2] + body[11:]  # without the frame, whose length is another now
-    if module != "recipes.kit.model":
+    if module == "posix":
         pickle.loads(body)  # noqa: S301
         trap.rmdir()  # so it does run where nothing keeps it from that
     desk.load()

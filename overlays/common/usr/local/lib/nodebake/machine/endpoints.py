@@ -19,6 +19,7 @@ _ADDRESS = "127.0.0.1"
 _CA = "etc/kubernetes/pki/kubernetes-ca.crt"  # where there is an API server, or a way to one
 _SECONDS = 3.0
 _AS_NODE = "etc/kubernetes/kube-proxy.conf"  # says where the API is, and speaks as this machine's Node
+_WORSE = ("MemoryPressure", "DiskPressure", "PIDPressure", "NetworkUnavailable")
 _LARGEST = 16 << 20  # bytes of a Node
 _CERTIFICATE = "var/lib/kubelet/pki/kubelet-client-current.pem"
 
@@ -104,10 +105,10 @@ def _ask_node(system: System, url: str) -> str | None:
 
 
 def _condition(conditions: list[dict[str, Any]]) -> str | None:
-    """What is wrong with a Node: it is not Ready, or something that would better not be."""
+    """What is wrong with a Node: it is not Ready, or something of the kubelet's that would better not be."""
     known = {str(each["type"]): each for each in conditions}
-    ready = known.pop("Ready", {})
-    wrong = [each for each in known.values() if each["status"] == "True"]
+    ready = known.get("Ready", {})
+    wrong = [each for name, each in known.items() if name in _WORSE and each["status"] == "True"]
     if ready.get("status") != "True":
         return f"is not Ready: {ready.get('message', 'the kubelet has not said so yet')}"
     return "; ".join(f"{each['type']}: {each.get('message', '')}" for each in wrong) or None

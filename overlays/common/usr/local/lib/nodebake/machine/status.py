@@ -66,14 +66,14 @@ def gather(system: System, now: datetime | None = None) -> Status:
     asked, answers, problems, warnings = _health(system, wanted)
     machine = identity(system)
     if system.live:
+        known = {wait.what: wait.since for wait in first_boot.waits}
+        waits = [Wait(what, known.get(what)) for what in problems] if first_boot.waits else []
+        first_boot = FirstBoot(first_boot.installed, first_boot.steps, waits)
         ways = [answer for answer in answers if answer.name in ("kube-apiserver", "api-balancer")]
         if machine.node and not any(way.problem for way in ways):
             node = endpoints.ask_node(system, machine.node)
             answers += [node] if node else []
             problems += [f"node: {node.problem}"] if node and node.problem else []
-        known = {wait.what: wait.since for wait in first_boot.waits}
-        waits = [Wait(what, known.get(what)) for what in problems] if first_boot.waits else []
-        first_boot = FirstBoot(first_boot.installed, first_boot.steps, waits)
     else:
         problems.append(f"the machine in {system.root} does not run: its units were not asked")
     if not first_boot.installed:
