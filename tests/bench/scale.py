@@ -22,7 +22,7 @@ from tests.conftest import ROOT, Project, copy_project
 SIZES = (50, 500, 5_000)  # workers
 LARGEST = SIZES[-1]
 FULL = 50  # workers with full media: 20 GB
-ROUNDS = 3  # of a full bake: what a machine more costs is a small difference of two
+ROUNDS = 5  # of a full bake: what a machine more costs is a small difference of two
 WORKER = "node:worker-3"
 PYTHON = [sys.executable, "-c", "pass"]
 
