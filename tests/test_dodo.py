@@ -25,6 +25,7 @@ from pathlib import Path
 
 import pytest
 
+from recipes.kit import kept
 from recipes.kit.atomic import WORTH_KEEPING
 from recipes.kit.profiles import PROFILES
 from tests.conftest import REMEMBERED, Project, copy_project
@@ -119,6 +120,10 @@ class Desk:
         kinds = ("payloads", "nodes", "seeds")
         found = [path for kind in kinds for path in (self.build / kind).glob("*")]
         return {path.relative_to(self.build).as_posix(): path.stat().st_mtime_ns for path in found}
+
+    def in_store(self) -> dict[Path, int]:
+        """Every file of the store with its time, but for what was read of the cluster file."""
+        return {path: path.stat().st_mtime_ns for path in self.store.rglob("*") if path.name != kept.NAME}
 
     def digests(self) -> dict[str, str]:
         return {name: sha256(self.build / name) for name in self.stamps()}
@@ -415,13 +420,13 @@ def test_info_tells_of_cluster_and_machine_and_mints_nothing(tmp_path: Path, sma
     for line in (rf"kubernetes-ca +{day}", rf"bootstrap token +{day}", "kubelet's two, once it has joined +365 days"):
         assert re.search(f"^{line}", told, re.MULTILINE), line
 
-    before = {path: path.stat().st_mtime_ns for path in small.store.rglob("*")}
+    before = small.in_store()
     with edited(small.file, lambda text: text + "  - {name: control-2, role: worker, address: 192.168.10.12}\n"):
         small.doit("info", "worker-1", fails=True)  # it lacks a MAC address
     with edited(small.file, lambda text: text + LATER):
         assert "3 worker" in small.doit("info")
         assert "not baked yet" in small.doit("info", "worker-3")
-    assert {path: path.stat().st_mtime_ns for path in small.store.rglob("*")} == before
+    assert small.in_store() == before
 
 
 LATER = '  - {name: worker-3, role: worker, address: 192.168.10.23, mac: "52:54:00:00:10:17"}\n'
@@ -443,7 +448,7 @@ def differing(old: Path, new: Path) -> str:
 def test_clean_leaves_store_and_cache_and_a_bake_without_network_gives_the_same_bytes(
     small: Desk, tmp_path: Path
 ) -> None:
-    before, store = small.digests(), {path: path.stat().st_mtime_ns for path in small.store.rglob("*")}
+    before, store = small.digests(), small.in_store()
     stamps = small.stamps()
     shutil.copytree(small.build, tmp_path / "before", copy_function=os.link)
     cache = {path.name for path in (small.project.root / "build/downloads/sha256").iterdir()}
@@ -456,7 +461,7 @@ def test_clean_leaves_store_and_cache_and_a_bake_without_network_gives_the_same_
     small.doit("clean")
     assert small.stamps() == {}
     assert not [name for name in ("admin.conf", "known_hosts", "trust.tar.gz") if (small.build / name).exists()]
-    assert {path: path.stat().st_mtime_ns for path in small.store.rglob("*")} == store
+    assert small.in_store() == store
     assert {path.name for path in (small.project.root / "build/downloads/sha256").iterdir()} >= cache
     alone = ["unshare", "-rn"] if can_be_alone() else []
     command = [*alone, *small.project.command(f"cluster={small.file}")]
@@ -810,8 +815,8 @@ def test_a_task_that_was_cut_off_runs_again_though_its_inputs_are_back(apart: De
         os.link(apart.build / name, apart.build / f"{name}.kept")
     with edited(apart.file, lambda text: text.replace("192.168.10.31}", "192.168.10.31, serial: CUT}")):
         code, told = interrupt(apart, "seeds/.etcd-1.iso.*", signal.SIGKILL)
-    for kept in apart.build.glob("*/*.kept"):
-        kept.unlink()
+    for aside in apart.build.glob("*/*.aside"):
+        aside.unlink()
     assert code == -9, told
     assert (apart.build / "seeds/etcd-1.iso").exists()
     assert made(apart.doit("node:etcd-1")) == {"node:etcd-1"}
