@@ -815,7 +815,7 @@ def test_a_task_that_was_cut_off_runs_again_though_its_inputs_are_back(apart: De
         os.link(apart.build / name, apart.build / f"{name}.kept")
     with edited(apart.file, lambda text: text.replace("192.168.10.31}", "192.168.10.31, serial: CUT}")):
         code, told = interrupt(apart, "seeds/.etcd-1.iso.*", signal.SIGKILL)
-    for aside in apart.build.glob("*/*.aside"):
+    for aside in apart.build.glob("*/*.kept"):
         aside.unlink()
     assert code == -9, told
     assert (apart.build / "seeds/etcd-1.iso").exists()

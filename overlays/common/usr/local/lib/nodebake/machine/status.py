@@ -70,7 +70,7 @@ def gather(system: System, now: datetime | None = None) -> Status:
         waits = [Wait(what, known.get(what)) for what in problems] if first_boot.waits else []
         first_boot = FirstBoot(first_boot.installed, first_boot.steps, waits)
         ways = [answer for answer in answers if answer.name in ("kube-apiserver", "api-balancer")]
-        if machine.node and not any(way.problem for way in ways):
+        if asked and machine.node and not any(way.problem for way in ways):
             node = endpoints.ask_node(system, machine.node)
             answers += [node] if node else []
             problems += [f"node: {node.problem}"] if node and node.problem else []
