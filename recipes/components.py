@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
 from recipes.kit.errors import BakeError
 from recipes.kit.model import Arch
 
@@ -61,6 +59,8 @@ class Component:
 
 def load_components(path: Path = COMPONENTS) -> dict[str, Component]:
     """components.yaml by name, in its order. Raises BakeError if it is damaged."""
+    import yaml  # here: a bake whose components did not change reads none
+
     try:
         read = yaml.safe_load(path.read_text(encoding="utf-8"))
         return {name: _component(name, entry) for name, entry in read.items()}

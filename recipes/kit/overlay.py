@@ -14,13 +14,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from recipes.kit import sizing
 from recipes.kit.distribution import Fetch
 from recipes.kit.errors import BakeError, Place
 from recipes.kit.model import USERS, Cluster, File, Node, Role
-from recipes.kit.places import LOADER
 
 if TYPE_CHECKING:  # imported where it is used: a bake that renders nothing does not wait for it
     from jinja2 import Environment
@@ -73,6 +70,10 @@ def vip_role(cluster: Cluster) -> Role | None:
 
 def packages(cluster: Cluster, role: Role, root: Path = OVERLAYS) -> tuple[str, ...]:
     """Debian packages that a machine of this role needs (overlays/packages.yaml), sorted, without their closure."""
+    import yaml  # here, as jinja2 below: a bake that renders nothing does not wait for it
+
+    from recipes.kit.places import LOADER
+
     text = (root / "packages.yaml").read_text(encoding="utf-8")
     listed: dict[str, list[str]] = yaml.load(text, Loader=LOADER)  # noqa: S506 - a safe one
     return tuple(sorted({name for layer in layers(cluster, role) for name in listed[layer]}))
