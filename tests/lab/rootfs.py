@@ -83,8 +83,8 @@ VIRTUAL = Root(
 )
 # Of this Debian too, whatever the host has: QEMU before version 10 takes minutes for what takes this one seconds.
 EMULATOR: Mapping[Arch, Root] = {
-    "amd64": Root(("qemu-system-x86", "qemu-utils"), (*_OPTIONS, "--variant=apt")),
-    "arm64": Root(("qemu-system-arm", "qemu-utils"), (*_OPTIONS, "--variant=apt")),
+    "amd64": Root(("qemu-system-x86", "qemu-utils", "libfaketime"), (*_OPTIONS, "--variant=apt")),
+    "arm64": Root(("qemu-system-arm", "qemu-utils", "libfaketime"), (*_OPTIONS, "--variant=apt")),
 }
 FIRMWARE: Mapping[Arch, Root] = {  # UEFI for the emulator
     "amd64": Root(("ovmf",), (*_OPTIONS, "--variant=extract")),

@@ -12,10 +12,12 @@ import shlex
 import shutil
 import signal
 import socket
+import time
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from subprocess import CompletedProcess
-from typing import Any
+from typing import Any, ClassVar
 
 from recipes.kit.locks import locked
 from recipes.kit.model import Arch, Node
@@ -66,6 +68,7 @@ class VirtualMachine(Machine):
     """
 
     patience, pause = 4, 2
+    slowed: ClassVar[int] = 1  # seconds of the host that are one of the machine's
 
     def __init__(self, node: Node, folder: Path, inside: Namespaces, switch: Switch) -> None:
         super().__init__(node, folder, inside, switch)
@@ -85,7 +88,11 @@ class VirtualMachine(Machine):
         root = self._emulator
         libraries = root / "usr/lib/x86_64-linux-gnu"
         loader: list[Argument] = [root / "lib64/ld-linux-x86-64.so.2", "--library-path", libraries]
-        return ["env", f"QEMU_MODULE_DIR={libraries / 'qemu'}", *loader, root / "usr/bin" / program]
+        environment = [f"QEMU_MODULE_DIR={libraries / 'qemu'}"]
+        if self.slowed > 1:
+            loader += ["--preload", libraries / "faketime/libfaketimeMT.so.1"]
+            environment.append(f"FAKETIME=+0 x{1 / self.slowed}")
+        return ["env", *environment, *loader, root / "usr/bin" / program]
 
     def write_disk(self, image: Path, size: int = 12 << 30, *, secure_boot: bool = False) -> None:
         """Writes a disk image (.raw.gz) on its disk of size bytes, as its operator would; UEFI boots it from now on."""
@@ -241,3 +248,20 @@ class VirtualMachine(Machine):
     @property
     def journal(self) -> str:
         return self.run("journalctl", "--no-pager", "--output=short-precise", "--merge").stdout
+
+
+class Slowed(VirtualMachine):
+    """One of more machines than the host has cores for: to each of them time passes at a fifth of its speed, so that
+    it gets done within a minute of its own what an API server and etcd have to. All have the same time."""
+
+    slowed = 5
+    patience = VirtualMachine.patience * slowed
+
+    def __init__(self, *about: Any) -> None:
+        super().__init__(*about)
+        self._made = time.time()
+
+    def _boot(self) -> list[Argument]:
+        now = self._made + (time.time() - self._made) / self.slowed
+        self.clock = datetime.fromtimestamp(now, UTC).strftime("%FT%T")
+        return super()._boot()
